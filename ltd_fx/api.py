@@ -1,0 +1,113 @@
+"""The functions a user calls on a model. They wire the other modules together, and hold no logic of their own."""
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ltd_fx import draw, ops
+from ltd_fx.errors import LTDError
+from ltd_fx.find import Layers, find_stacks
+from ltd_fx.install import find_rewrite, find_rewrite_maybe, install, plan, uninstall
+from ltd_fx.report import RewriteReport
+from ltd_fx.schedule import LTDScheduler
+from ltd_fx.state import SAMPLING, RouteState
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def transform(
+    model: Model,
+    scheduler: LTDScheduler | None = None,
+    *,
+    layers: Layers = None,
+    skip_first: int = 1,
+    skip_last: int = 1,
+    seed: int = 0,
+    sampling: str = "per_sample",
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+) -> Model:
+    """Rewrite the middle layers of ``model``, in place, to see a random subset of the tokens in training.
+
+    Each routed layer becomes gather, layer, scatter: the kept tokens go through the layer, the others skip it unchanged
+    (random-LTD, arXiv 2211.11586, section 3.1). Call it before ``torch.compile``. In eval mode, and from the moment the
+    reserved length reaches the sequence length, the results are bit for bit those of the untransformed model.
+
+    Args:
+        model: a module (its class, methods, parameter names and ``state_dict`` keys stay as they are), or an
+            ``fx.GraphModule`` that calls the target layers (its graph is rewritten and recompiled).
+        scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
+        layers: the target layers: ``None`` (all with a known pattern), a class or tuple of classes, a regular
+            expression that matches whole fully qualified names, a list of names, or a predicate
+            ``(name, module) -> bool``.
+        skip_first: layers left dense at the start of each stack.
+        skip_last: layers left dense at the end of each stack.
+        seed: of the draws, the same one for the same model in every process. Data-parallel ranks that should drop
+            different tokens need different seeds.
+        sampling: ``"per_sample"``, each sequence its own tokens, or ``"shared"``, one draw for the batch.
+        example_inputs: a tuple or dict for one forward; the call sites are then recorded under fake tensors and checked
+            before anything changes.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, an argument out
+            of range; the model is untouched then.
+    """
+    if find_rewrite_maybe(model) is not None:
+        raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
+    if hasattr(model, "_orig_mod"):
+        raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
+    if sampling not in SAMPLING:
+        raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(SAMPLING)}, got {sampling!r}")
+    for name, value in (("skip_first", skip_first), ("skip_last", skip_last), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and name != "seed"):
+            raise LTDError(f"ltd_fx.transform: {name} must be a non-negative integer, got {value!r}")
+    if scheduler is not None and scheduler.attached:
+        raise LTDError("ltd_fx.transform: the scheduler drives another model; give each model a scheduler of its own")
+
+    routed, entries = plan(find_stacks(model, layers), skip_first, skip_last)
+    state = RouteState(
+        scheduler, seed=seed, shared=sampling == "shared", routed=len(routed), dense=len(entries) - len(routed)
+    )
+    ops.register_inductor_decompositions()
+    install(model, routed, entries, state, example_inputs)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`transform`: original classes (or graph), no hook left; the scheduler may drive another model.
+
+    Raises:
+        LTDError: the model is not transformed.
+    """
+    uninstall(model)
+    return model
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether ``model``, or what it wraps, is transformed."""
+    return find_rewrite_maybe(model) is not None
+
+
+def summary(model: nn.Module) -> RewriteReport:
+    """What was rewritten, layer by layer; ``str()`` is a table, ``.sites[i].graph`` the graph that layer ``i`` runs.
+
+    Raises:
+        LTDError: the model is not transformed.
+    """
+    return find_rewrite(model).report()
+
+
+def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
+    """The rows that each routed layer kept in the most recent training forward, by layer name.
+
+    Drawn again on demand: it costs the forward nothing.
+
+    Returns:
+        ``[B, k]`` int64 each, ascending and unique in each row; all rows where the forward was dense.
+
+    Raises:
+        LTDError: the model is not transformed, or has not seen a training forward.
+    """
+    return {site.name: draw.sampled_indices(site) for site in find_rewrite(model).sites}

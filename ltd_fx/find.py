@@ -1,0 +1,99 @@
+"""Find the target layers of a model, as stacks: the layers that share a parent, in order."""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.patterns import LayerPattern, find_pattern_maybe
+
+Layers = (
+    type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+)
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it."""
+
+    name: str
+    slot: nn.Module
+    module: nn.Module
+    pattern: LayerPattern
+
+
+def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
+    """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``); ``None``: all with a known pattern.
+
+    Raises:
+        LTDError: nothing matches, a match has no pattern, or a match lies within another.
+    """
+    modules = dict(model.named_modules())
+    names = [name for name in _select(modules, layers) if name]
+    if not names:
+        raise LTDError(_nothing_matches(modules, layers))
+    stacks: dict[str, list[Layer]] = {}
+    for name in names:
+        outer = next((other for other in names if name.startswith(other + ".")), None)
+        if outer is not None:
+            raise LTDError(f"ltd_fx: layers={layers!r} matches {name} within {outer}; select one of them")
+        pattern = find_pattern_maybe(modules[name])
+        if pattern is None:
+            cls = type(modules[name]).__name__
+            raise LTDError(
+                f"ltd_fx: {name} is a {cls}, for which no LayerPattern is known; tell which arguments follow the tokens "
+                f"with ltd_fx.register_pattern({cls}, ltd_fx.LayerPattern(hidden=..., aligned=...))"
+            )
+        slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
+        stack = slot.rpartition(".")[0]
+        stacks.setdefault(stack, []).append(Layer(slot, modules[slot], modules[name], pattern))
+    return list(stacks.values())
+
+
+def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
+    if layers is None:
+        return [name for name, module in modules.items() if find_pattern_maybe(module) is not None]
+    if isinstance(layers, str):
+        try:
+            regex = re.compile(layers)
+        except re.error as error:
+            raise LTDError(f"ltd_fx: layers={layers!r} is not a regular expression: {error}") from error
+        return [name for name in modules if regex.fullmatch(name)]
+    if isinstance(layers, type) or (isinstance(layers, tuple) and all(isinstance(cls, type) for cls in layers)):
+        return [name for name, module in modules.items() if isinstance(module, layers)]
+    if callable(layers):
+        return [name for name, module in modules.items() if layers(name, module)]
+    if isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
+        missing = [name for name in layers if name not in modules]
+        if missing:
+            near = difflib.get_close_matches(missing[0], modules, n=3)
+            raise LTDError(f"ltd_fx: the model has no layer {missing[0]!r}{_did_you_mean(near)}")
+        return [name for name in modules if name in layers]
+    raise LTDError(
+        f"ltd_fx: layers={layers!r} must be a class, a tuple of classes, a regular expression, a list of names, or a "
+        "predicate (name, module) -> bool"
+    )
+
+
+def _nothing_matches(modules: dict[str, nn.Module], layers: Layers) -> str:
+    repeated = {
+        name: type(next(module.children())).__name__
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    }
+    seen = ", ".join(f"{cls} in {name}" for name, cls in list(repeated.items())[:5]) or "no repeated layers"
+    if layers is None:
+        return (
+            f"ltd_fx: found no layer with a known LayerPattern (seen: {seen}); add your layer's class with "
+            "ltd_fx.register_pattern(LayerClass, ltd_fx.LayerPattern(...))"
+        )
+    near = difflib.get_close_matches(layers, modules, n=3) if isinstance(layers, str) else []
+    return f"ltd_fx: layers={layers!r} matches nothing in the model{_did_you_mean(near)} (seen: {seen})"
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f"; did you mean {', '.join(map(repr, names))}?" if names else ""

@@ -1,0 +1,249 @@
+"""The operators ``torch.ops.ltd_fx.{sample_tokens, gather_tokens, scatter_tokens}``.
+
+All are functional: they return fresh tensors and change none. One kernel written in torch serves every device; the CPU
+also checks the values of the indices, which elsewhere would cost a device synchronisation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltd_fx.errors import LTDError
+from ltd_fx.sampling import sample
+
+_lib = torch.library.Library("ltd_fx", "DEF")
+_lib.define("sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep) -> Tensor")
+_lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
+_lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
+
+
+def _require(condition: Any, message: str) -> None:
+    torch._check_with(LTDError, condition, lambda: f"ltd_fx: {message}")  # type: ignore[no-untyped-call]
+
+
+# ---- arguments: what is checked in the kernels and under fake tensors alike
+
+
+def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int) -> None:
+    for name, value in (("key", key), ("site", site)):
+        _require(
+            value.dtype == torch.int64 and value.ndim == 0,
+            f"{name} must be a 0-dim int64 tensor, got {value.dtype} of shape {tuple(value.shape)}",
+        )
+    _require(batch >= 0, f"batch must not be negative, got {batch}")
+    _require(keep >= 0, f"keep must not be negative, got {keep}")
+    _require(keep <= seq_len, f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
+
+
+def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
+    layout = "[B, S, D]" if batch_first else "[S, B, D]"
+    _require(hidden.ndim == 3, f"hidden must be {layout}, got shape {tuple(hidden.shape)}")
+    _require(hidden.dtype.is_floating_point, f"hidden must be floating point, got {hidden.dtype}")
+    _require(indices.dtype in (torch.int32, torch.int64), f"indices must be int32 or int64, got {indices.dtype}")
+    _require(indices.ndim == 2, f"indices must be [B, k], got shape {tuple(indices.shape)}")
+    batch, seq_len = (hidden.shape[0], hidden.shape[1]) if batch_first else (hidden.shape[1], hidden.shape[0])
+    _require(
+        indices.shape[0] == batch, f"indices has {indices.shape[0]} rows, but hidden {layout} has batch size {batch}"
+    )
+    _require(indices.shape[1] <= seq_len, f"indices keeps {indices.shape[1]} tokens, but hidden has only {seq_len}")
+    _require(hidden.device == indices.device, f"hidden is on {hidden.device}, indices on {indices.device}")
+
+
+def _check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
+    _check_indices(hidden, indices, batch_first)
+    _require(kept.ndim == 3, f"kept must have three dimensions, got shape {tuple(kept.shape)}")
+    batch_dim, token_dim = (0, 1) if batch_first else (1, 0)
+    same = kept.shape[batch_dim] == indices.shape[0], kept.shape[token_dim] == indices.shape[1]
+    _require(
+        same[0] and same[1] and kept.shape[2] == hidden.shape[2],
+        f"kept has shape {tuple(kept.shape)}, which does not fit hidden {tuple(hidden.shape)} "
+        f"and indices {tuple(indices.shape)} with batch_first={batch_first}",
+    )
+    _require(kept.dtype == hidden.dtype, f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
+
+
+def _check_values(indices: Tensor, seq_len: int) -> None:
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    _require(bool((indices[:, 1:] > indices[:, :-1]).all()), "indices must be ascending and unique in each row")
+    low, high = int(indices[:, 0].min()), int(indices[:, -1].max())
+    _require(0 <= low and high < seq_len, f"indices must be in [0, {seq_len}), got values from {low} to {high}")
+
+
+# ---- kernels
+
+
+@torch.library.impl(_lib, "sample_tokens", "CompositeExplicitAutograd")
+def _sample_kernel(key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
+    _check_sample(key, site, batch, seq_len, keep)
+    return sample(key, site, batch, seq_len, keep)
+
+
+def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
+    """Row numbers of the kept tokens in ``hidden.flatten(0, 1)``: copying whole rows beats indexing elements."""
+    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
+    if batch_first:
+        return (indices + batch * seq_len).flatten()
+    return (indices * indices.shape[0] + batch).T.flatten()
+
+
+@torch.library.impl(_lib, "gather_tokens", "CompositeExplicitAutograd")
+def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    _check_indices(hidden, indices, batch_first)
+    seq_len = hidden.shape[1 if batch_first else 0]
+    _check_values(indices, seq_len)
+    if not hidden.is_contiguous():
+        return _gather_by_indexing(hidden, indices, batch_first)
+    rows = _flat_rows(indices, seq_len, batch_first)
+    shape = indices.shape if batch_first else indices.T.shape
+    return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
+
+
+@torch.library.impl(_lib, "scatter_tokens", "CompositeExplicitAutograd")
+def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    _check_kept(hidden, indices, kept, batch_first)
+    seq_len = hidden.shape[1 if batch_first else 0]
+    _check_values(indices, seq_len)
+    out = hidden.clone(memory_format=torch.contiguous_format)
+    out.flatten(0, 1).index_copy_(0, _flat_rows(indices, seq_len, batch_first).long(), kept.flatten(0, 1))
+    return out
+
+
+# ---- fake tensors
+
+
+@torch.library.register_fake("ltd_fx::sample_tokens", lib=_lib)
+def _sample_fake(key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
+    _check_sample(key, site, batch, seq_len, keep)
+    return key.new_empty((batch, keep))
+
+
+@torch.library.register_fake("ltd_fx::gather_tokens", lib=_lib)
+def _gather_fake(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    _check_indices(hidden, indices, batch_first)
+    batch, keep = indices.shape
+    return hidden.new_empty((batch, keep, hidden.shape[2]) if batch_first else (keep, batch, hidden.shape[2]))
+
+
+@torch.library.register_fake("ltd_fx::scatter_tokens", lib=_lib)
+def _scatter_fake(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    _check_kept(hidden, indices, kept, batch_first)
+    return hidden.new_empty(hidden.shape)
+
+
+# ---- autograd: each operator's backward is the other one
+
+
+def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, indices, *_, batch_first = inputs
+    ctx.save_for_backward(indices)
+    ctx.hidden_shape, ctx.batch_first = hidden.shape, batch_first
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    zeros = grad.new_zeros(ctx.hidden_shape)
+    return torch.ops.ltd_fx.scatter_tokens(zeros, indices, grad, ctx.batch_first), None, None
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    (indices,) = ctx.saved_tensors
+    grad_hidden = grad_kept = None
+    if ctx.needs_input_grad[2]:
+        grad_kept = torch.ops.ltd_fx.gather_tokens(grad, indices, ctx.batch_first)
+    if ctx.needs_input_grad[0]:
+        batch, keep = indices.shape
+        zeros = grad.new_zeros((batch, keep, grad.shape[2]) if ctx.batch_first else (keep, batch, grad.shape[2]))
+        grad_hidden = torch.ops.ltd_fx.scatter_tokens(grad, indices, zeros, ctx.batch_first)
+    return grad_hidden, None, grad_kept, None
+
+
+torch.library.register_autograd("ltd_fx::gather_tokens", _gather_backward, setup_context=_save_indices, lib=_lib)
+torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, setup_context=_save_indices, lib=_lib)
+
+
+# ---- vmap: the mapped dimension joins the batch
+
+
+def _to_front(value: Tensor, dim: int | None, size: int) -> Tensor:
+    return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+def _join(value: Tensor, batch_dim: int) -> Tensor:
+    """``[N, ...]`` with the batch at ``1 + batch_dim`` to ``[...]`` with N * B samples at ``batch_dim``."""
+    return value.movedim(0, batch_dim).flatten(batch_dim, batch_dim + 1)
+
+
+def _part(value: Tensor, batch_dim: int, size: int) -> Tensor:
+    """The inverse of :func:`_join`, for the result."""
+    return value.unflatten(batch_dim, (size, value.shape[batch_dim] // size)).movedim(batch_dim, 0)
+
+
+@torch.library.register_vmap("ltd_fx::sample_tokens", lib=_lib)
+def _sample_vmap(
+    info: Any, in_dims: tuple[int | None, ...], key: Tensor, site: Tensor, like: Tensor, batch: int, *rest: int
+) -> tuple[Tensor, int]:
+    if in_dims[0] is not None or in_dims[1] is not None:
+        raise LTDError("ltd_fx: sample_tokens maps over `like`, never over its key or site; keep those unmapped")
+    rows = torch.ops.ltd_fx.sample_tokens(key, site, like.select(in_dims[2], 0), info.batch_size * batch, *rest)
+    return rows.unflatten(0, (info.batch_size, batch)), 0
+
+
+@torch.library.register_vmap("ltd_fx::gather_tokens", lib=_lib)
+def _gather_vmap(
+    info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, batch_first: bool = True
+) -> tuple[Tensor, int]:
+    batch_dim = 0 if batch_first else 1
+    hidden, indices = (
+        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices), in_dims, strict=False)
+    )
+    out = torch.ops.ltd_fx.gather_tokens(_join(hidden, batch_dim), _join(indices, 0), batch_first)
+    return _part(out, batch_dim, info.batch_size), 0
+
+
+@torch.library.register_vmap("ltd_fx::scatter_tokens", lib=_lib)
+def _scatter_vmap(
+    info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True
+) -> tuple[Tensor, int]:
+    batch_dim = 0 if batch_first else 1
+    hidden, indices, kept = (
+        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices, kept), in_dims, strict=False)
+    )
+    out = torch.ops.ltd_fx.scatter_tokens(
+        _join(hidden, batch_dim), _join(indices, 0), _join(kept, batch_dim), batch_first
+    )
+    return _part(out, batch_dim, info.batch_size), 0
+
+
+# ---- Inductor: indexing that fuses with the layer's own kernels
+
+
+def _positions(indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
+    return (batch, indices) if batch_first else (indices.T, batch.T)
+
+
+def _gather_by_indexing(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    return hidden[_positions(indices, batch_first)]
+
+
+def _scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    return hidden.index_put(_positions(indices, batch_first), kept)
+
+
+def register_inductor_decompositions() -> None:
+    """Let Inductor see through the operators; harmless to repeat, needed once before the first compile.
+
+    Not done on import: it loads Inductor, which ``import ltd_fx`` must not.
+    """
+    from torch._inductor.decomposition import decompositions, register_decomposition
+
+    ops = torch.ops.ltd_fx
+    if ops.gather_tokens.default in decompositions:
+        return
+    register_decomposition([ops.sample_tokens.default])(
+        lambda key, site, like, batch, seq_len, keep: sample(key, site, batch, seq_len, keep)
+    )
+    register_decomposition([ops.gather_tokens.default])(_gather_by_indexing)
+    register_decomposition([ops.scatter_tokens.default])(_scatter_by_indexing)

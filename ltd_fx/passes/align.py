@@ -1,0 +1,54 @@
+"""Gather every argument that follows the tokens.
+
+    before  %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
+            %layer = call_module[target=layers.1](args = (%hidden, %mask))
+
+    after   %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
+            %align = call_function[target=align](args = (%draw, %mask, mask, (2, 3)))
+            %layer = call_module[target=layers.1](args = (%hidden, %align))
+"""
+
+import logging
+from typing import Any
+
+from torch import fx
+
+from ltd_fx.align import align as align_argument
+from ltd_fx.align import align_extras
+from ltd_fx.capture import KWARGS
+from ltd_fx.passes.locate import CallSite, call_sites
+
+logger = logging.getLogger(__name__)
+
+
+def align(graph: fx.Graph) -> int:
+    """Route the aligned arguments of each located call through a gather.
+
+    Returns:
+        How many arguments are gathered.
+    """
+    count = 0
+    for site in call_sites(graph):
+        for name, value in site.arguments().items():
+            gathered = _gathered(graph, site, name, value)
+            if gathered is not None:
+                site.replace_argument(name, gathered)
+                count += 1
+    graph.lint()
+    logger.debug("align: %d arguments", count)
+    return count
+
+
+def _gathered(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node | None:
+    aligned = site.target.pattern.aligned
+    with graph.inserting_before(site.call):
+        if name == KWARGS:
+            parameters = site.target.signature.parameters
+            entries = {key: dims for key, dims in aligned.items() if key not in parameters}
+            return graph.call_function(align_extras, (site.draw, value, entries))
+        entry = aligned.get(name, ())
+        if value is None or entry == ():
+            return None
+        if callable(entry):
+            return graph.call_function(entry, (site.draw, value))
+        return graph.call_function(align_argument, (site.draw, value, name, entry))

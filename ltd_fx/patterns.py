@@ -1,0 +1,154 @@
+"""What a routed layer's forward looks like: where the hidden states are, which arguments follow the tokens."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltd_fx.align import align
+from ltd_fx.draw import Draw
+from ltd_fx.errors import LTDError
+
+# Dimensions that carry the sequence, or how to gather an argument for which dimensions are not enough.
+Align = tuple[int, ...] | Callable[[Draw | None, Any], Any]
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """How to route a layer class.
+
+    Args:
+        hidden: the argument holding the hidden states, ``[B, S, D]`` (``[S, B, D]`` with ``batch_first=False``).
+        aligned: per argument, the dimensions along which it carries the sequence; each has size S, or 1 to broadcast.
+            Dimension 0 is the batch (of size B, 1, or a multiple of B such as batch times heads) unless it is listed.
+            A tuple of tensors shares one entry. Instead of dimensions, a callable ``(draw, value) -> value``.
+            Arguments not listed go to the layer as they are.
+        batch_first: the layout of the hidden states.
+        output: the slot of the hidden states in a tuple output; ``None``: the layer returns a bare tensor.
+            A layer that returns a bare tensor is accepted with any slot.
+        cache: the argument holding a key-value cache. It is refused in a routed forward without gradients: that is
+            generation in training mode, and the cache would lack the dropped tokens.
+    """
+
+    hidden: str = "hidden_states"
+    aligned: Mapping[str, Align] = field(default_factory=dict)
+    batch_first: bool = True
+    output: int | None = 0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aligned", MappingProxyType(dict(self.aligned)))
+
+    def __hash__(self) -> int:
+        return hash((self.hidden, frozenset(self.aligned.items()), self.batch_first, self.output, self.cache))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerPattern, (self.hidden, dict(self.aligned), self.batch_first, self.output, self.cache)
+
+    def check(self, layer_class: type[nn.Module], signature: inspect.Signature) -> None:
+        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have."""
+        parameters = signature.parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        for role, name in (("hidden", self.hidden), ("cache", self.cache), *(("aligned", a) for a in self.aligned)):
+            if name is None or name in names or (role == "aligned" and takes_any):
+                continue
+            raise LTDError(
+                f"ltd_fx: the pattern of {layer_class.__name__} has {role} argument {name!r}, but its forward takes "
+                f"({', '.join(names)}); correct it with ltd_fx.register_pattern({layer_class.__name__}, LayerPattern(...))"
+            )
+
+
+def align_attention_mask(draw: Draw | None, mask: Any) -> Any:
+    """transformers' masks: ``[B | 1, heads | 1, S | 1, S]`` (sdpa, eager) or ``[B, S]`` (flash attention)."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return align(draw, mask, "attention_mask", (1,))
+    return align(draw, mask, "attention_mask", (2, 3))
+
+
+def _align_src_mask(draw: Draw | None, mask: Any) -> Any:
+    """``nn.TransformerEncoderLayer``'s ``src_mask``: ``[S, S]`` or ``[B * heads, S, S]``."""
+    if draw is None or not isinstance(mask, Tensor) or mask.ndim == 3:
+        return align(draw, mask, "src_mask", (1, 2))
+    gathered = align(draw, mask, "src_mask", (0, 1))
+    if gathered.ndim == 2:  # one draw for the batch
+        return gathered
+    return gathered.repeat_interleave(draw.site.layer.self_attn.num_heads, dim=0)
+
+
+_DECODER = LayerPattern(
+    aligned={"attention_mask": align_attention_mask, "position_ids": (1,), "position_embeddings": (1,)},
+    cache="past_key_values",
+)
+_ENCODER = LayerPattern(aligned={"attention_mask": align_attention_mask})
+_TIMM_BLOCK = LayerPattern(hidden="x", aligned={"attn_mask": align_attention_mask})
+
+
+def _transformer_encoder_layer(layer: nn.Module) -> LayerPattern:
+    aligned: dict[str, Align] = {"src_mask": _align_src_mask, "src_key_padding_mask": (1,)}
+    attention = layer.self_attn
+    assert isinstance(attention, nn.MultiheadAttention)
+    return LayerPattern(hidden="src", aligned=aligned, batch_first=attention.batch_first)
+
+
+Entry = LayerPattern | Callable[[Any], LayerPattern]
+
+# By module and class name, so that knowing a library's layers does not import it.
+_BUILT_IN: dict[tuple[str, str], Entry] = {
+    ("torch.nn.modules.transformer", "TransformerEncoderLayer"): _transformer_encoder_layer,
+    ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): LayerPattern(
+        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,)}, cache="past_key_values"
+    ),
+    ("transformers.models.bert.modeling_bert", "BertLayer"): LayerPattern(
+        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,)}, cache="past_key_values"
+    ),
+    ("transformers.models.vit.modeling_vit", "ViTLayer"): _ENCODER,
+    ("timm.models.vision_transformer", "Block"): _TIMM_BLOCK,
+    **{
+        (f"transformers.models.{family}.modeling_{family}", f"{name}DecoderLayer"): _DECODER
+        for family, name in (
+            ("llama", "Llama"),
+            ("mistral", "Mistral"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+            ("gemma", "Gemma"),
+            ("olmo2", "Olmo2"),
+        )
+    },
+}
+_registered: dict[type[nn.Module], Entry] = {}
+
+
+def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
+    """Teach ltd_fx a layer class; subclasses without a pattern of their own inherit it.
+
+    Args:
+        layer_class: the class whose instances are routed.
+        pattern: a :class:`LayerPattern`, or a function ``layer -> LayerPattern`` where instances differ.
+
+    Raises:
+        LTDError: ``layer_class`` is no module class, or the pattern names an argument its ``forward`` lacks.
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
+        raise LTDError(f"ltd_fx.register_pattern: expected a subclass of nn.Module, got {layer_class!r}")
+    if isinstance(pattern, LayerPattern):
+        pattern.check(layer_class, forward_signature(layer_class))
+    _registered[layer_class] = pattern
+
+
+def forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
+    """The signature of ``layer_class.forward`` as a caller sees it, without ``self``."""
+    signature = inspect.signature(layer_class.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
+    """The pattern registered for the layer's class or its nearest base, else the built-in one, else ``None``."""
+    for base in type(layer).__mro__:
+        entry = _registered.get(base) or _BUILT_IN.get((base.__module__, base.__qualname__))
+        if entry is not None:
+            return entry if isinstance(entry, LayerPattern) else entry(layer)
+    return None

@@ -1,0 +1,98 @@
+"""Gather before a layer, scatter after it, as a pair whose gradients are each other.
+
+``rest, kept = split(hidden, indices)`` and ``out = merge(rest, indices, layer(kept))``: the rows of ``rest`` at
+``indices`` are holes that nobody reads, so merge's backward may leave anything there and split's backward overwrites
+them. No zero-filled gradient, no addition of two full gradients, nothing saved but the indices.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltd_fx.draw import Draw
+from ltd_fx.errors import LTDError
+
+
+class _Split(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        return hidden.view_as(hidden), torch.ops.ltd_fx.gather_tokens(hidden, indices, batch_first)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, indices, ctx.batch_first = inputs
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_rest, grad_kept = grads
+        (indices,) = ctx.saved_tensors
+        return merge_tokens(grad_rest, indices, grad_kept, ctx.batch_first), None, None
+
+
+class _Merge(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rest: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> Tensor:
+        return torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, batch_first)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, indices, _, ctx.batch_first = inputs
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (grad,) = grads
+        (indices,) = ctx.saved_tensors
+        grad_rest, grad_kept = split_tokens(grad, indices, ctx.batch_first)
+        return grad_rest, None, grad_kept, None
+
+
+def split_tokens(hidden: Tensor, indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """``hidden`` with its kept rows declared unread, and those rows ``[B, k, D]`` (``[k, B, D]``) for the layer."""
+    rest, kept = _Split.apply(hidden, indices, batch_first)  # type: ignore[no-untyped-call]
+    return rest, kept
+
+
+def merge_tokens(rest: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> Tensor:
+    """The stream after the layer: dropped rows from ``rest``, kept rows from the layer's output ``kept``."""
+    merged: Tensor = _Merge.apply(rest, indices, kept, batch_first)  # type: ignore[no-untyped-call]
+    return merged
+
+
+def split_hidden(draw: Draw | None, hidden: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """The stream that waits for :func:`merge_output`, and the hidden states that the layer sees."""
+    if draw is None:
+        return hidden, hidden
+    return split_tokens(hidden, draw.indices.expand(draw.batch, -1), batch_first)
+
+
+def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None, batch_first: bool) -> Any:
+    """The layer's output with its hidden states back at full length, cast to the stream's dtype.
+
+    Raises:
+        LTDError: the hidden states are not in ``slot``, or another slot holds a tensor, which is of kept tokens only.
+    """
+    if draw is None:
+        return output
+    indices = draw.indices.expand(draw.batch, -1)
+    if isinstance(output, Tensor):
+        return merge_tokens(rest, indices, output.to(rest.dtype), batch_first)
+    if slot is None or not isinstance(output, (tuple, list)) or slot >= len(output):
+        raise LTDError(
+            f"ltd_fx: {draw.site.name} returned a {type(output).__name__}, but its LayerPattern says output={slot}; "
+            "give the slot of the hidden states in its tuple"
+        )
+    for i, item in enumerate(output):
+        if i != slot and isinstance(item, Tensor):
+            raise LTDError(
+                f"ltd_fx: {draw.site.name} also returns a tensor of shape {tuple(item.shape)} in slot {i}, computed from "
+                "the kept tokens only; switch that output (attention weights?) off in training"
+            )
+    merged = merge_tokens(rest, indices, output[slot].to(rest.dtype), batch_first)
+    return type(output)([*output[:slot], merged, *output[slot + 1 :]])

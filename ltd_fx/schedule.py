@@ -1,0 +1,211 @@
+"""How many tokens the routed layers keep at each step, and how many layer tokens that has cost.
+
+A layer token is one token passing through one layer (random-LTD, arXiv 2211.11586, section 3).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ltd_fx.errors import LTDError
+
+if TYPE_CHECKING:
+    from ltd_fx.state import RouteState
+
+Kind = str | Callable[[int], int]
+
+# Progress through the schedule, t = step / total_steps in [0, 1), to the share of the way from min to max length.
+_CURVES: dict[str, Callable[[float, int], float]] = {
+    "constant": lambda t, degree: 0.0,
+    "root": lambda t, degree: t ** (1 / degree),
+    "cosine": lambda t, degree: (1 - math.cos(math.pi * t)) / 2,
+    "step": lambda t, degree: 0.0,
+}
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise LTDError(f"LTDScheduler: {name} must be an integer >= {least}, got {value!r}")
+    return value
+
+
+class LTDScheduler:
+    """The reserved length: the number of tokens that a routed layer keeps, growing with the training step.
+
+    Args:
+        min_length: length at step 0, in tokens; rounded up to a multiple of ``multiple_of``.
+        max_length: the full sequence length, in tokens, at which the layers are dense again.
+        total_steps: steps from ``min_length`` to ``max_length``.
+        multiple_of: lengths between the two are rounded down to a multiple of this.
+        kind: the shape of the growth over t = step / total_steps:
+
+            - ``"linear"``: floor(t * (max - min) + min), which goes on past ``total_steps`` until the rounded length
+              reaches ``max_length`` (DeepSpeed's ``fixed_linear``);
+            - ``"root"``: t ** (1 / degree) of the way, ``"cosine"``: (1 - cos(pi * t)) / 2 of the way, both full from
+              ``total_steps`` on;
+            - ``"step"``: ``min_length`` before ``total_steps``, ``max_length`` from there on;
+            - ``"constant"``: ``min_length`` for ever;
+            - a callable ``step -> length``, rounded and clamped like the others.
+        degree: of ``"root"``: 2 is the square root.
+        global_batch_size: sequences per step over all ranks, for counting layer tokens; ``None`` counts per sequence.
+
+    Raises:
+        LTDError: for an argument out of range or an unknown kind.
+    """
+
+    def __init__(
+        self,
+        min_length: int,
+        max_length: int,
+        total_steps: int,
+        *,
+        multiple_of: int = 1,
+        kind: Kind = "linear",
+        degree: int = 2,
+        global_batch_size: int | None = None,
+    ) -> None:
+        self.min_length = _integer("min_length", min_length, 1)
+        self.max_length = _integer("max_length", max_length, 1)
+        self.total_steps = _integer("total_steps", total_steps, 1)
+        self.multiple_of = _integer("multiple_of", multiple_of, 1)
+        self.degree = _integer("degree", degree, 1)
+        if min_length > max_length:
+            raise LTDError(f"LTDScheduler: min_length={min_length} is above max_length={max_length}; swap or lower it")
+        if not callable(kind) and kind not in ("linear", *_CURVES):
+            known = ", ".join(sorted((*_CURVES, "linear")))
+            raise LTDError(f"LTDScheduler: unknown kind {kind!r}; use one of {known}, or a callable step -> length")
+        self.kind = kind
+        self.global_batch_size = (
+            None if global_batch_size is None else _integer("global_batch_size", global_batch_size, 1)
+        )
+        self._state: RouteState | None = None
+        self._step = 0
+        self._length_sum = 0
+        self._refresh()
+
+    def length_at(self, step: int) -> int:
+        """The reserved length at ``step``, in tokens: a pure function of the configuration."""
+        _integer("step", step, 0)
+        span = self.max_length - self.min_length
+        if callable(self.kind):
+            length = self.kind(step)
+            if isinstance(length, bool) or not isinstance(length, int):
+                raise LTDError(f"LTDScheduler: kind({step}) must return an integer length, got {length!r}")
+        elif self.kind == "linear":
+            length = math.floor(step / self.total_steps * span + self.min_length)
+        elif self.kind != "constant" and step >= self.total_steps:
+            return self.max_length
+        else:
+            share = _CURVES[self.kind](step / self.total_steps, self.degree)
+            length = math.floor(share * span + self.min_length)
+        multiple = self.multiple_of
+        least = -(-self.min_length // multiple) * multiple
+        return min(max(length - length % multiple, least), self.max_length)
+
+    @property
+    def reserved_length(self) -> int:
+        """The number of tokens that routed layers keep now."""
+        return self._length.shape[0]
+
+    def step(self) -> None:
+        """Go on by one training step; call it after ``optimizer.step()``."""
+        self._length_sum += self.reserved_length
+        self._step += 1
+        self._refresh()
+
+    def set_step(self, global_step: int) -> None:
+        """Go to ``global_step``, as if :meth:`step` had been called that many times from the start."""
+        self._length_sum = sum(map(self.length_at, range(_integer("global_step", global_step, 0))))
+        self._step = global_step
+        self._refresh()
+
+    @property
+    def consumed_layer_tokens(self) -> int:
+        """Layer tokens of the steps taken so far; see :meth:`total_layer_tokens`."""
+        return self._layer_tokens(self._step, self._length_sum)
+
+    def total_layer_tokens(self, steps: int) -> int:
+        """Layer tokens of the first ``steps`` steps: per step, global_batch_size * (length * routed layers +
+        max_length * dense layers), as in random-LTD (arXiv 2211.11586, section 3.3). Pure.
+
+        Raises:
+            LTDError: before the scheduler is attached to a model, which knows the layer counts.
+        """
+        return self._layer_tokens(steps, sum(map(self.length_at, range(_integer("steps", steps, 0)))))
+
+    def _layer_tokens(self, steps: int, length_sum: int) -> int:
+        if self._state is None:
+            raise LTDError("LTDScheduler: layer tokens need the layer counts; pass the scheduler to ltd_fx.transform")
+        routed, dense = self._state.routed, self._state.dense
+        return (self.global_batch_size or 1) * (length_sum * routed + steps * self.max_length * dense)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the scheduler drives a transformed model."""
+        return self._state is not None
+
+    def _attach(self, state: "RouteState | None") -> None:
+        self._state = state
+
+    def _refresh(self) -> None:
+        """Publish the length of the current step, and the key of its first forward.
+
+        The compiled graph reads the length as the *shape* of a zero-byte tensor, one tensor a length and its dimension
+        marked dynamic: a change of length then never recompiles.
+        """
+        length = self.length_at(self._step)
+        if getattr(self, "_length", None) is None or self._length.shape[0] != length:
+            self._length = torch.empty(length, 0)
+            if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
+                torch._dynamo.mark_dynamic(self._length, 0)
+        if self._state is not None:
+            self._state.begin_step(self._step)
+
+    # ---- resuming
+
+    def _config(self) -> dict[str, Any]:
+        fields = ("min_length", "max_length", "total_steps", "multiple_of", "degree", "global_batch_size")
+        kind = getattr(self.kind, "__qualname__", repr(self.kind)) if callable(self.kind) else self.kind
+        return {"kind": kind, **{field: getattr(self, field) for field in fields}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that resume the schedule and, once attached, the very same draws."""
+        draws = None if self._state is None else self._state.position()
+        return {"config": self._config(), "step": self._step, "draws": draws}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from :meth:`state_dict`. Attach the scheduler (``ltd_fx.transform``) first to resume its draws.
+
+        Raises:
+            LTDError: the state is of another configuration (the differing field is named), or malformed.
+        """
+        expected = {"config", "step", "draws"}
+        if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
+            raise LTDError(f"LTDScheduler: a state_dict has the entries {sorted(expected)}, got {state_dict!r}")
+        ours = self._config()
+        theirs = dict(state_dict["config"])
+        for field in sorted(ours.keys() | theirs.keys()):
+            if ours.get(field) != theirs.get(field):
+                raise LTDError(
+                    f"LTDScheduler: the state_dict has {field}={theirs.get(field)!r}, "
+                    f"this scheduler {field}={ours.get(field)!r}; build it with the saved configuration"
+                )
+        draws = state_dict["draws"]
+        if draws is not None and self._state is None:
+            raise LTDError("LTDScheduler: pass the scheduler to ltd_fx.transform before load_state_dict, or set_step")
+        if draws is not None and self._state is not None:
+            self._state.check_position(draws)
+        self.set_step(state_dict["step"])
+        if draws is not None and self._state is not None:
+            self._state.resume(draws)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_length"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        attached, self._state = self._state, None  # unpickled with its own key: nothing to publish but the length
+        self._refresh()
+        self._state = attached

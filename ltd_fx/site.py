@@ -1,0 +1,88 @@
+"""A rewritten call site in place: the layer's class is swapped for one that runs its rewritten graph.
+
+As in FSDP2, the instance stays: its name, hooks, parameters and ``state_dict`` keys are untouched, and ``isinstance``
+still holds.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ltd_fx.capture import ARGS, KWARGS, LAYER, layer_graph
+from ltd_fx.draw import Site
+from ltd_fx.passes import Target, rewrite
+from ltd_fx.patterns import LayerPattern, forward_signature
+
+SITE = "_ltd_site"
+
+
+class RoutedLayer(nn.Module):
+    """Mixin of the swapped-in classes."""
+
+    _ltd_site: Site
+    _ltd_base: type[nn.Module]
+    _ltd_graph: fx.Graph
+    _ltd_forward: Callable[..., Any]
+    _ltd_arguments: tuple[Any, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and not torch.compiler.is_compiling():
+            self._ltd_site.state.guard_recompute()
+        return super().__call__(*args, **kwargs)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Here and not in `forward`: outside of what transformers checkpoints, inside of what `layer.compile()` compiles.
+        return self._ltd_forward(*args, **kwargs)
+
+    def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call, hooks included."""
+        args = (*args, *kwargs.pop(ARGS, ()))
+        kwargs.update(kwargs.pop(KWARGS, {}))
+        return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
+        return _rebuild, type(self)._ltd_arguments, self.__dict__
+
+
+def _rebuild(*arguments: Any) -> nn.Module:
+    cls = routed_class(*arguments)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], pattern: LayerPattern) -> type[RoutedLayer]:
+    """The swapped-in class. One per class and pattern, so that identical layers share code, and so a compiled graph.
+
+    Args:
+        slot_class: the class to extend: the layer's, or its checkpoint wrapper's.
+        layer_class: whose ``forward`` tells the arguments.
+        pattern: how to route it.
+
+    Raises:
+        LTDError: the pattern does not fit the layer's ``forward``.
+    """
+    signature = forward_signature(layer_class)
+    graph = layer_graph(signature, pattern.hidden)
+    rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern)})
+    namespace = {
+        "__module__": slot_class.__module__,
+        "__doc__": slot_class.__doc__,
+        "_ltd_base": slot_class,
+        "_ltd_graph": graph,
+        "_ltd_forward": _compile(graph),
+        "_ltd_arguments": (slot_class, layer_class, pattern),
+    }
+    return type(slot_class)(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
+
+
+def _compile(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's Python function, as fx generates it; ``self`` is the routed layer."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<ltd_fx routed layer>", "exec"), scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward

@@ -1,0 +1,115 @@
+"""What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.sampling import draw_key
+
+if TYPE_CHECKING:
+    from ltd_fx.schedule import LTDScheduler
+
+SAMPLING = ("per_sample", "shared")
+
+
+class RouteState:
+    """Scheduler, seed and key of one transformed model; every site of it holds this object.
+
+    The key is a 0-dim int64 tensor, *rebound* (never written into) at each training forward of the root: a compiled
+    graph takes it as an input, so neither a new key nor a new length recompiles, and a key saved for a recompute stays
+    what it was.
+    """
+
+    def __init__(
+        self, scheduler: "LTDScheduler | None", *, seed: int, shared: bool, routed: int, dense: int
+    ) -> None:
+        self.scheduler = scheduler
+        self.seed = seed
+        self.shared = shared
+        self.routed = routed
+        self.dense = dense
+        self.device = torch.device("cpu")
+        self.warned = False
+        self._recomputable: tuple[Tensor, int] | None = None
+        self._ambiguous = False
+        self.begin_step(0 if scheduler is None else scheduler._step)
+
+    def begin_step(self, step: int) -> None:
+        """Rebind the key for the first forward of ``step``."""
+        self._step = step
+        self.set_forward(0)
+
+    def set_forward(self, forward: int) -> None:
+        """Rebind the key as it is after ``forward`` training forwards of the current step."""
+        # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
+        self.key = torch.full((), draw_key(self.seed, self._step) + forward, dtype=torch.int64, device=self.device)
+
+    def begin_forward(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the root: the next key, for the forward that starts now."""
+        if not root.training:
+            return
+        device = next((p.device for p in root.parameters()), self.device)
+        if device != self.device:
+            self.device = device
+            self.key = self.key.to(device)
+        self.key = self.key + 1
+        # for ltd_fx.sampled_indices, which may ask after the scheduler has moved on
+        self.last_key = self.key
+        if self.scheduler is not None:
+            self.last_length = self.scheduler._length
+
+    def keep(self, seq_len: int) -> int:
+        """The reserved length for sequences of ``seq_len`` tokens; without a scheduler, half of them."""
+        if self.scheduler is None:
+            return max(seq_len // 2, 1)
+        return self.scheduler._length.shape[0]
+
+    def last_keep(self, seq_len: int) -> int:
+        """As :meth:`keep`, in the most recent training forward."""
+        return self.keep(seq_len) if self.scheduler is None else self.last_length.shape[0]
+
+    def guard_recompute(self) -> None:
+        """Called by each routed layer outside compiled code: refuse a recompute that would draw other tokens.
+
+        ``torch.utils.checkpoint`` around a routed layer calls it again in the backward pass, where the key must still
+        be that of the original forward. It is, unless another forward came between; then nothing tells the two apart.
+        """
+        recomputing = torch._C._current_graph_task_id() != -1
+        now = (self.key, self._step)
+        if not recomputing:
+            before = self._recomputable
+            if before is None or before[0] is not self.key:
+                self._ambiguous = before is not None and before[1] == self._step
+                self._recomputable = now
+        elif self._recomputable is None or self._recomputable[0] is not self.key or self._ambiguous:
+            raise LTDError(
+                "ltd_fx: activation checkpointing recomputes a routed layer, but the model ran another training forward "
+                "since (or the scheduler stepped), so the layer would draw other tokens. Call backward() after each "
+                "forward, or checkpoint inside the layer (transformers' gradient_checkpointing_enable() does)."
+            )
+        else:
+            # the backward of this forward has begun: the next forward is the only one awaiting a recompute
+            self._recomputable = (self.key, -1)
+
+    # ---- resuming
+
+    def position(self) -> dict[str, int]:
+        """Where in the sequence of draws the model is: plain integers (reads the key back from its device)."""
+        return {"seed": self.seed, "forward": int(self.key) - draw_key(self.seed, self._step)}
+
+    def check_position(self, position: Mapping[str, int]) -> None:
+        if position["seed"] != self.seed:
+            raise LTDError(
+                f"LTDScheduler: the state_dict was drawn with seed={position['seed']}, the model was transformed with "
+                f"seed={self.seed}; pass the same seed to ltd_fx.transform"
+            )
+
+    def resume(self, position: Mapping[str, int]) -> None:
+        self.set_forward(position["forward"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
+        """Copies of a model follow the same scheduler: it is the user's one handle on the length."""
+        return self
