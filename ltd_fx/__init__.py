@@ -6,8 +6,8 @@ from ltd_fx.errors import LTDError
 from ltd_fx.patterns import LayerPattern, register_pattern
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
-
-__version__ = "0.1.0"
+from ltd_fx.version import __version__
+from ltd_fx.weights import clean_state_dict, load_clean, save_clean
 
 __all__ = [
     "CallSite",
@@ -16,10 +16,14 @@ __all__ = [
     "LTDScheduler",
     "LayerPattern",
     "RewriteReport",
+    "__version__",
+    "clean_state_dict",
     "is_transformed",
+    "load_clean",
     "register_pattern",
     "restore",
     "sampled_indices",
+    "save_clean",
     "summary",
     "transform",
 ]

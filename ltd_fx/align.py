@@ -25,6 +25,7 @@ def align(draw: Draw | None, value: Any, name: str, dims: tuple[int, ...]) -> An
 
     Raises:
         LTDError: a size is neither S nor 1, the batch does not fit, or the value is of another type.
+
     """
     if draw is None or value is None or not dims:
         return value
@@ -82,9 +83,7 @@ def _gather_batched(indices: Tensor, value: Tensor, dims: tuple[int, ...]) -> Te
 def _grid(indices: Tensor, count: int) -> tuple[Tensor, ...]:
     """``indices`` ``[..., k]`` once for each of ``count`` dimensions, shaped to broadcast to ``[..., k, k]``."""
     *batch, keep = indices.shape
-    return tuple(
-        indices.reshape(*batch, *(keep if i == axis else 1 for i in range(count))) for axis in range(count)
-    )
+    return tuple(indices.reshape(*batch, *(keep if i == axis else 1 for i in range(count))) for axis in range(count))
 
 
 def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,6 +91,7 @@ def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[
 
     Raises:
         LTDError: a tensor that the pattern does not mention has a dimension as long as the sequence.
+
     """
     if draw is None:
         return extras

@@ -4,14 +4,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ltd_fx import draw, ops
+from ltd_fx import ops, replay
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
 from ltd_fx.install import find_rewrite, find_rewrite_maybe, install, plan, uninstall
 from ltd_fx.report import RewriteReport
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.state import SAMPLING, RouteState
+from ltd_fx.state import RouteState
 
+_SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -53,13 +54,14 @@ def transform(
     Raises:
         LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, an argument out
             of range; the model is untouched then.
+
     """
     if find_rewrite_maybe(model) is not None:
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
     if hasattr(model, "_orig_mod"):
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
-    if sampling not in SAMPLING:
-        raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(SAMPLING)}, got {sampling!r}")
+    if sampling not in _SAMPLING:
+        raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(_SAMPLING)}, got {sampling!r}")
     for name, value in (("skip_first", skip_first), ("skip_last", skip_last), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and name != "seed"):
             raise LTDError(f"ltd_fx.transform: {name} must be a non-negative integer, got {value!r}")
@@ -80,6 +82,7 @@ def restore(model: Model) -> Model:
 
     Raises:
         LTDError: the model is not transformed.
+
     """
     uninstall(model)
     return model
@@ -95,8 +98,9 @@ def summary(model: nn.Module) -> RewriteReport:
 
     Raises:
         LTDError: the model is not transformed.
+
     """
-    return find_rewrite(model).report()
+    return find_rewrite(model)[1].report()
 
 
 def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
@@ -109,5 +113,7 @@ def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         LTDError: the model is not transformed, or has not seen a training forward.
+
     """
-    return {site.name: draw.sampled_indices(site) for site in find_rewrite(model).sites}
+    root, rewrite = find_rewrite(model)
+    return replay.sampled_indices(root, rewrite.sites)

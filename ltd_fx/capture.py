@@ -6,7 +6,7 @@ a model's graph from watching one forward under fake tensors.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -28,6 +28,7 @@ def layer_graph(signature: inspect.Signature, hidden: str) -> fx.Graph:
 
     Raises:
         LTDError: a required keyword-only argument, which an ``fx.Graph`` cannot express.
+
     """
     graph = fx.Graph()
     args: list[fx.Node] = []
@@ -35,7 +36,9 @@ def layer_graph(signature: inspect.Signature, hidden: str) -> fx.Graph:
     for parameter in signature.parameters.values():
         name = parameter.name
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            raise LTDError(f"ltd_fx: the layer's required keyword-only argument {name!r} is not supported; give it a default")
+            raise LTDError(
+                f"ltd_fx: the layer's required keyword-only argument {name!r} is not supported; give it a default"
+            )
         if parameter.kind is parameter.VAR_POSITIONAL:
             kwargs[ARGS] = graph.placeholder(f"*{name}")
         elif parameter.kind is parameter.VAR_KEYWORD:
@@ -54,10 +57,10 @@ def layer_graph(signature: inspect.Signature, hidden: str) -> fx.Graph:
 
 
 def record(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Any) -> fx.Graph:
-    """Run the model's forward once under fake tensors (no compute, no memory) and write down the calls of ``layers``.
+    """Watch one forward under fake tensors and write down the calls of ``layers``.
 
     Args:
-        model: run in the mode it is in; left as it was.
+        model: run in the mode it is in.
         layers: the target layers by fully qualified name.
         example_inputs: a tuple of positional or a dict of keyword arguments for one forward.
 
@@ -66,34 +69,73 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: An
         another's input, and the fake values in ``node.meta["val"]``.
 
     Raises:
-        LTDError: the forward fails, or calls none of the layers.
+        LTDError: the forward fails.
+
     """
     recorder = _Recorder()
-    handles = [
-        layer.register_forward_hook(recorder.hook(name), with_kwargs=True, always_call=False)
-        for name, layer in layers.items()
-    ]
-    kept = [(module, dict(module._buffers)) for module in model.modules()]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    handles = [layer.register_forward_hook(recorder.hook(name), with_kwargs=True) for name, layer in layers.items()]
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
     try:
-        with mode, torch.random.fork_rng(devices=[]):
-            fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-            model(*fake[0], **fake[1])
-    except LTDError:
-        raise
-    except Exception as error:
-        raise LTDError(f"ltd_fx: example_inputs do not run through the model: {type(error).__name__}: {error}") from error
+        run_fake(model, *describe(args, kwargs))
     finally:
         for handle in handles:
             handle.remove()
-        for module, buffers in kept:  # a forward may rebind a buffer (dynamic rotary frequencies), here to a fake one
-            module._buffers.update(buffers)
-    if not recorder.called:
-        raise LTDError(f"ltd_fx: example_inputs reach none of the layers {', '.join(layers)}; correct example_inputs")
     recorder.graph.output(recorder.last)
     recorder.graph.lint()
     return recorder.graph
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its data."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def describe(args: Any, kwargs: Any) -> Any:
+    """The arguments of a call with a :class:`TensorSpec` for each tensor."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: TensorSpec(t.shape, t.dtype, t.device), (args, kwargs))
+
+
+def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the model's forward on fake tensors: shapes and devices, no compute, no memory. The model stays as it was.
+
+    Args:
+        model: its parameters stay real; operators see them as fake.
+        args: from :func:`describe`.
+        kwargs: likewise.
+
+    Raises:
+        LTDError: the forward fails.
+
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            torch.random.fork_rng([]),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            args, kwargs = pytree.tree_map(
+                lambda spec: (
+                    torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+                    if isinstance(spec, TensorSpec)
+                    else spec
+                ),
+                (args, kwargs),
+                is_leaf=lambda value: isinstance(value, TensorSpec),
+            )
+            model(*args, **kwargs)
+    except LTDError:
+        raise
+    except Exception as error:
+        raise LTDError(
+            f"ltd_fx: the model's forward does not run on fake tensors of these inputs: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for module, kept in buffers:  # a forward may rebind a buffer (dynamic rotary frequencies), here to a fake one
+            module._buffers.update(kept)
 
 
 class _Recorder:

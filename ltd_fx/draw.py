@@ -22,7 +22,6 @@ class Site:
         self.number = torch.tensor(number)
         self.layer = layer
         self.state = state
-        self.shape: tuple[int, int] | None = None  # (B, S) of the most recent training forward
 
 
 class Draw(NamedTuple):
@@ -42,6 +41,7 @@ def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
 
     Raises:
         LTDError: they are not a 3-D floating-point tensor.
+
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         got = f"{hidden.dtype} of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -58,13 +58,17 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     Raises:
         LTDError: ``hidden`` is not a 3-D floating-point tensor; ``torch.export`` in training mode; a key-value cache
             in a forward without gradients.
+
     """
+    state = site.state
+    if state.observed is not None:
+        state.observed[site.name] = hidden_shape(site, hidden, batch_first)
+        return None
     if not site.layer.training:
         return None
     batch, seq_len = hidden_shape(site, hidden, batch_first)
-    state = site.state
-    site.shape = (batch, seq_len)
-    _warn_if_never_dense(state, seq_len)
+    if state.scheduler is not None and seq_len > state.scheduler.max_length:
+        _warn_never_dense(state, seq_len, state.scheduler.max_length)
     keep = state.keep(seq_len)
     if keep >= seq_len:
         return None
@@ -90,28 +94,22 @@ def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) ->
     return indices
 
 
-def _warn_if_never_dense(state: RouteState, seq_len: int) -> None:
-    scheduler = state.scheduler
-    if scheduler is None or state.warned or seq_len <= scheduler.max_length:
-        return
-    state.warned = True
-    warnings.warn(
-        f"ltd_fx: sequences of {seq_len} tokens are longer than the scheduler's max_length={scheduler.max_length}: "
-        "the layers would stay routed after the schedule's end. Set max_length to the sequence length.",
-        stacklevel=2,
-    )
+def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:
+    if torch.compiler.is_compiling():  # where neither warnings nor flags can be traced: warn while compiling, once
+        torch._dynamo.comptime.comptime(_warn_while_compiling)
+    elif not state.warned:
+        state.warned = True
+        warnings.warn(_NEVER_DENSE.format(seq_len, max_length), stacklevel=2)
 
 
-def sampled_indices(site: Site) -> Tensor:
-    """The rows ``[B, k]`` that the site kept in the most recent training forward, drawn again."""
-    state = site.state
-    if site.shape is None:
-        raise LTDError(f"ltd_fx: {site.name} has not seen a training forward yet; run one first")
-    batch, seq_len = site.shape
-    keep = min(state.last_keep(seq_len), seq_len)
-    if keep == seq_len:
-        return torch.arange(seq_len, device=state.device).expand(batch, seq_len)
-    rows = 1 if state.shared else batch
-    key = state.last_key
-    indices = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep)
-    return indices.expand(batch, keep)
+_NEVER_DENSE = (
+    "ltd_fx: sequences of {} tokens are longer than the scheduler's max_length={}: the layers would stay routed after the "
+    "schedule's end. Set max_length to the sequence length."
+)
+
+
+def _warn_while_compiling(context: Any) -> None:
+    names = ("seq_len", "max_length")
+    seq_len, max_length = (context.get_local(name) for name in names)
+    length = seq_len.as_python_constant() if seq_len.is_python_constant() else "more"
+    warnings.warn(_NEVER_DENSE.format(length, max_length.as_python_constant()), stacklevel=2)

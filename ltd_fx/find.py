@@ -10,9 +10,7 @@ from torch import nn
 from ltd_fx.errors import LTDError
 from ltd_fx.patterns import LayerPattern, find_pattern_maybe
 
-Layers = (
-    type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-)
+Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
 
@@ -30,17 +28,12 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
     """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``); ``None``: all with a known pattern.
 
     Raises:
-        LTDError: nothing matches, a match has no pattern, or a match lies within another.
+        LTDError: as :func:`find_layers`, or a match has no pattern.
+
     """
     modules = dict(model.named_modules())
-    names = [name for name in _select(modules, layers) if name]
-    if not names:
-        raise LTDError(_nothing_matches(modules, layers))
     stacks: dict[str, list[Layer]] = {}
-    for name in names:
-        outer = next((other for other in names if name.startswith(other + ".")), None)
-        if outer is not None:
-            raise LTDError(f"ltd_fx: layers={layers!r} matches {name} within {outer}; select one of them")
+    for name in find_layers(model, layers):
         pattern = find_pattern_maybe(modules[name])
         if pattern is None:
             cls = type(modules[name]).__name__
@@ -52,6 +45,24 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
         stack = slot.rpartition(".")[0]
         stacks.setdefault(stack, []).append(Layer(slot, modules[slot], modules[name], pattern))
     return list(stacks.values())
+
+
+def find_layers(model: nn.Module, layers: Layers) -> list[str]:
+    """The fully qualified names that ``layers`` selects, in order.
+
+    Raises:
+        LTDError: nothing matches, or a match lies within another.
+
+    """
+    modules = dict(model.named_modules())
+    names = [name for name in _select(modules, layers) if name]
+    if not names:
+        raise LTDError(_nothing_matches(modules, layers))
+    for name in names:
+        outer = next((other for other in names if name.startswith(other + ".")), None)
+        if outer is not None:
+            raise LTDError(f"ltd_fx: layers={layers!r} matches {name} within {outer}; select one of them")
+    return names
 
 
 def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:

@@ -14,8 +14,8 @@ from ltd_fx.find import Layer
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.patterns import forward_signature
 from ltd_fx.report import CallSite, RewriteReport
-from ltd_fx.site import SITE, RoutedLayer, routed_class
-from ltd_fx.state import RouteState
+from ltd_fx.site import SITE, RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.state import RouteState, watch_forwards
 
 _REWRITE = "_ltd_rewrite"
 
@@ -44,12 +44,15 @@ def plan(stacks: list[list[Layer]], skip_first: int, skip_last: int) -> tuple[li
     """The layers to route, and a report entry for every target layer.
 
     Raises:
-        LTDError: every stack is too short to route any layer.
+        LTDError: every stack is too short to route any layer, or a layer is routed already.
+
     """
     routed: list[Layer] = []
     entries: list[CallSite] = []
     for stack in stacks:
         for i, layer in enumerate(stack):
+            if isinstance(layer.slot, RoutedLayer):
+                raise LTDError(f"ltd_fx: {layer.name} is routed already; restore it, or leave it out with layers=...")
             reason = "its LayerPattern"
             if i < skip_first:
                 reason = f"skip_first={skip_first}"
@@ -93,6 +96,7 @@ def install(
 
     Raises:
         LTDError: a layer cannot be routed.
+
     """
     sites = [Site(layer.name, i, layer.slot, state) for i, layer in enumerate(layers)]
     targets = {
@@ -113,9 +117,8 @@ def install(
     else:
         classes = [routed_class(type(layer.slot), type(layer.module), layer.pattern) for layer in layers]
         for site, routed in zip(sites, classes, strict=True):
-            site.layer.__class__ = routed
-            setattr(site.layer, SITE, site)
-    hook = model.register_forward_pre_hook(state.begin_forward)
+            swap_class(site.layer, routed, site)
+    hook = watch_forwards(model, state)
     model.__dict__[_REWRITE] = Rewrite(state, sites, entries, hook, graph, original)
     if state.scheduler is not None:
         state.scheduler._attach(state)
@@ -123,7 +126,7 @@ def install(
 
 def uninstall(model: nn.Module) -> None:
     """Undo :func:`install`."""
-    root, done = _find(model)
+    root, done = find_rewrite(model)
     if isinstance(root, fx.GraphModule):
         assert done.original is not None
         root.graph = done.original
@@ -131,31 +134,26 @@ def uninstall(model: nn.Module) -> None:
             delattr(root, f"{SITE}_{i}")
     else:
         for site in done.sites:
-            assert isinstance(site.layer, RoutedLayer)
-            site.layer.__class__ = site.layer._ltd_base
-            delattr(site.layer, SITE)
+            swap_back(site.layer)
     done.hook.remove()
     del root.__dict__[_REWRITE]
     if done.state.scheduler is not None:
         done.state.scheduler._attach(None)
 
 
-def find_rewrite_maybe(model: nn.Module) -> Rewrite | None:
-    """What was done to ``model`` or to a module within it (under ``torch.compile``, DDP, ...); ``None``: nothing."""
-    return next((m.__dict__[_REWRITE] for m in model.modules() if _REWRITE in m.__dict__), None)
+def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
+    """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
+    return next(((m, m.__dict__[_REWRITE]) for m in model.modules() if _REWRITE in m.__dict__), None)
 
 
-def find_rewrite(model: nn.Module) -> Rewrite:
+def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:
     """As :func:`find_rewrite_maybe`.
 
     Raises:
         LTDError: the model is not transformed.
+
     """
-    return _find(model)[1]
-
-
-def _find(model: nn.Module) -> tuple[nn.Module, Rewrite]:
-    for module in model.modules():
-        if _REWRITE in module.__dict__:
-            return module, module.__dict__[_REWRITE]
-    raise LTDError("ltd_fx: the model is not transformed; call ltd_fx.transform(model, scheduler) first")
+    found = find_rewrite_maybe(model)
+    if found is None:
+        raise LTDError("ltd_fx: the model is not transformed; call ltd_fx.transform(model, scheduler) first")
+    return found

@@ -68,7 +68,7 @@ def _check_values(indices: Tensor, seq_len: int) -> None:
         return
     _require(bool((indices[:, 1:] > indices[:, :-1]).all()), "indices must be ascending and unique in each row")
     low, high = int(indices[:, 0].min()), int(indices[:, -1].max())
-    _require(0 <= low and high < seq_len, f"indices must be in [0, {seq_len}), got values from {low} to {high}")
+    _require(low >= 0 and high < seq_len, f"indices must be in [0, {seq_len}), got values from {low} to {high}")
 
 
 # ---- kernels

@@ -31,6 +31,7 @@ class LayerPattern:
             A layer that returns a bare tensor is accepted with any slot.
         cache: the argument holding a key-value cache. It is refused in a routed forward without gradients: that is
             generation in training mode, and the cache would lack the dropped tokens.
+
     """
 
     hidden: str = "hidden_states"
@@ -63,7 +64,7 @@ class LayerPattern:
 
 
 def align_attention_mask(draw: Draw | None, mask: Any) -> Any:
-    """transformers' masks: ``[B | 1, heads | 1, S | 1, S]`` (sdpa, eager) or ``[B, S]`` (flash attention)."""
+    """Transformers' masks: ``[B | 1, heads | 1, S | 1, S]`` (sdpa, eager) or ``[B, S]`` (flash attention)."""
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return align(draw, mask, "attention_mask", (1,))
     return align(draw, mask, "attention_mask", (2, 3))
@@ -100,7 +101,8 @@ Entry = LayerPattern | Callable[[Any], LayerPattern]
 _BUILT_IN: dict[tuple[str, str], Entry] = {
     ("torch.nn.modules.transformer", "TransformerEncoderLayer"): _transformer_encoder_layer,
     ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): LayerPattern(
-        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,)}, cache="past_key_values"
+        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,), "position_ids": (1,)},
+        cache="past_key_values",
     ),
     ("transformers.models.bert.modeling_bert", "BertLayer"): LayerPattern(
         aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,)}, cache="past_key_values"
@@ -131,6 +133,7 @@ def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
 
     Raises:
         LTDError: ``layer_class`` is no module class, or the pattern names an argument its ``forward`` lacks.
+
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise LTDError(f"ltd_fx.register_pattern: expected a subclass of nn.Module, got {layer_class!r}")

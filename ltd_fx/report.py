@@ -18,6 +18,7 @@ class CallSite:
         reason: why, or why not.
         aligned: per argument, the dimensions gathered with the tokens, or the name of the function that gathers it.
         graph: the rewritten graph that the layer runs; of a dense layer ``None``.
+
     """
 
     name: str

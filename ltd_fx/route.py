@@ -77,6 +77,7 @@ def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None,
 
     Raises:
         LTDError: the hidden states are not in ``slot``, or another slot holds a tensor, which is of kept tokens only.
+
     """
     if draw is None:
         return output

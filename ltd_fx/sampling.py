@@ -53,6 +53,7 @@ def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int) -> Ten
 
     Returns:
         ``[rows, keep]`` int64 on the key's device, ascending and unique in each row.
+
     """
     row = torch.arange(rows, device=key.device)
     token = torch.arange(seq_len, device=key.device)

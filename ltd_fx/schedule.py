@@ -53,6 +53,7 @@ class LTDScheduler:
 
     Raises:
         LTDError: for an argument out of range or an unknown kind.
+
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class LTDScheduler:
 
         Raises:
             LTDError: before the scheduler is attached to a model, which knows the layer counts.
+
         """
         return self._layer_tokens(steps, sum(map(self.length_at, range(_integer("steps", steps, 0)))))
 
@@ -180,6 +182,7 @@ class LTDScheduler:
 
         Raises:
             LTDError: the state is of another configuration (the differing field is named), or malformed.
+
         """
         expected = {"config", "step", "draws"}
         if not isinstance(state_dict, Mapping) or set(state_dict) != expected:

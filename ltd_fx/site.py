@@ -64,6 +64,7 @@ def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], patt
 
     Raises:
         LTDError: the pattern does not fit the layer's ``forward``.
+
     """
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
@@ -86,3 +87,15 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<ltd_fx routed layer>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
+
+
+def swap_class(slot: nn.Module, routed: type[RoutedLayer], site: Site) -> None:
+    """Turn the layer in its place into ``routed``; :func:`swap_back` undoes it."""
+    slot.__class__ = routed
+    setattr(slot, SITE, site)
+
+
+def swap_back(slot: nn.Module) -> None:
+    assert isinstance(slot, RoutedLayer)
+    slot.__class__ = slot._ltd_base
+    delattr(slot, SITE)

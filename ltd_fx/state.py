@@ -1,18 +1,34 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ltd_fx.capture import describe
 from ltd_fx.errors import LTDError
 from ltd_fx.sampling import draw_key
 
 if TYPE_CHECKING:
     from ltd_fx.schedule import LTDScheduler
 
-SAMPLING = ("per_sample", "shared")
+
+def half(seq_len: int) -> int:
+    """The reserved length where no scheduler gives one."""
+    return max(seq_len // 2, 1)
+
+
+class Forward(NamedTuple):
+    """A training forward, as far as its draws depend on it; ``inputs`` are described, not held."""
+
+    key: Tensor
+    length: int | None
+    inputs: Any
+
+    def keep(self, seq_len: int) -> int:
+        return half(seq_len) if self.length is None else self.length
 
 
 class RouteState:
@@ -23,9 +39,7 @@ class RouteState:
     what it was.
     """
 
-    def __init__(
-        self, scheduler: "LTDScheduler | None", *, seed: int, shared: bool, routed: int, dense: int
-    ) -> None:
+    def __init__(self, scheduler: "LTDScheduler | None", *, seed: int, shared: bool, routed: int, dense: int) -> None:
         self.scheduler = scheduler
         self.seed = seed
         self.shared = shared
@@ -33,6 +47,9 @@ class RouteState:
         self.dense = dense
         self.device = torch.device("cpu")
         self.warned = False
+        self.last: Forward | None = None
+        # while replaying: (B, S) by site, collected instead of routing
+        self.observed: dict[str, tuple[int, int]] | None = None
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
         self.begin_step(0 if scheduler is None else scheduler._step)
@@ -47,29 +64,27 @@ class RouteState:
         # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
         self.key = torch.full((), draw_key(self.seed, self._step) + forward, dtype=torch.int64, device=self.device)
 
-    def begin_forward(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin_forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root: the next key, for the forward that starts now."""
-        if not root.training:
+        if not root.training or self.observed is not None:
             return
-        device = next((p.device for p in root.parameters()), self.device)
-        if device != self.device:
-            self.device = device
-            self.key = self.key.to(device)
+        parameter = next(root.parameters(), None)
+        if parameter is not None and parameter.device != self.device:
+            self.device = parameter.device
+            self.key = self.key.to(self.device)
         self.key = self.key + 1
-        # for ltd_fx.sampled_indices, which may ask after the scheduler has moved on
-        self.last_key = self.key
-        if self.scheduler is not None:
-            self.last_length = self.scheduler._length
+        if torch.compiler.is_compiling():
+            self.last = None
+        else:
+            torch.compiler.disable(self._remember)(args, kwargs)
+
+    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length = None if self.scheduler is None else self.scheduler.reserved_length
+        self.last = Forward(self.key, length, describe(args, kwargs))
 
     def keep(self, seq_len: int) -> int:
-        """The reserved length for sequences of ``seq_len`` tokens; without a scheduler, half of them."""
-        if self.scheduler is None:
-            return max(seq_len // 2, 1)
-        return self.scheduler._length.shape[0]
-
-    def last_keep(self, seq_len: int) -> int:
-        """As :meth:`keep`, in the most recent training forward."""
-        return self.keep(seq_len) if self.scheduler is None else self.last_length.shape[0]
+        """The reserved length for sequences of ``seq_len`` tokens."""
+        return half(seq_len) if self.scheduler is None else self.scheduler._length.shape[0]
 
     def guard_recompute(self) -> None:
         """Called by each routed layer outside compiled code: refuse a recompute that would draw other tokens.
@@ -113,3 +128,10 @@ class RouteState:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""
         return self
+
+
+def watch_forwards(root: nn.Module, state: RouteState) -> RemovableHandle:
+    """Have ``root`` announce its forwards to ``state``."""
+    # torch.compile(model) runs the root's hooks as frames of their own, outside the model's: this one is no graph's worth
+    torch._dynamo.eval_frame.skip_code(RouteState.begin_forward.__code__)
+    return root.register_forward_pre_hook(state.begin_forward, with_kwargs=True)

@@ -26,6 +26,7 @@ def rewrite(graph: fx.Graph, targets: Mapping[str, Target], sites: Mapping[str, 
 
     Raises:
         LTDError: a call cannot be routed; discard the graph then.
+
     """
     locate(graph, targets)
     align(graph)

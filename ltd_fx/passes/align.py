@@ -1,11 +1,11 @@
 """Gather every argument that follows the tokens.
 
-    before  %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
-            %layer = call_module[target=layers.1](args = (%hidden, %mask))
+before  %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
+        %layer = call_module[target=layers.1](args = (%hidden, %mask))
 
-    after   %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
-            %align = call_function[target=align](args = (%draw, %mask, mask, (2, 3)))
-            %layer = call_module[target=layers.1](args = (%hidden, %align))
+after   %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
+        %align = call_function[target=align](args = (%draw, %mask, mask, (2, 3)))
+        %layer = call_module[target=layers.1](args = (%hidden, %align))
 """
 
 import logging
@@ -26,6 +26,7 @@ def align(graph: fx.Graph) -> int:
 
     Returns:
         How many arguments are gathered.
+
     """
     count = 0
     for site in call_sites(graph):

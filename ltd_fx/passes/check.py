@@ -1,8 +1,8 @@
 """Refuse a rewritten graph that would not be right; the graph itself is left as it is.
 
-    %split  = call_function[target=split_hidden](args = (%draw, %hidden, True))     hidden: 3-D floating point?
-    %align  = call_function[target=align](args = (%draw, %mask, mask, (2, 3)))      mask: S in both dimensions?
-    %layer  = call_module[target=layers.1](args = (%kept, %align))                  reads no full-length value?
+%split  = call_function[target=split_hidden](args = (%draw, %hidden, True))     hidden: 3-D floating point?
+%align  = call_function[target=align](args = (%draw, %mask, mask, (2, 3)))      mask: S in both dimensions?
+%layer  = call_module[target=layers.1](args = (%kept, %align))                  reads no full-length value?
 """
 
 import logging
@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from ltd_fx.draw import Draw, Site, hidden_shape
-from ltd_fx.errors import LTDError
 from ltd_fx.passes.locate import CallSite, call_sites
 
 logger = logging.getLogger(__name__)
@@ -30,12 +29,15 @@ def check(graph: fx.Graph, sites: Mapping[str, Site] | None = None) -> int:
 
     Raises:
         LTDError: recorded hidden states are not 3-D floating point, or an aligned argument does not fit them.
+
     """
     count = 0
     for site in call_sites(graph):
         assert site.split is not None and site.merge is not None, f"{site.target.name} is located but not routed"
         hidden = site.split.args[1]
-        assert site.arguments()[site.target.pattern.hidden] is not hidden, f"{site.target.name} reads full hidden states"
+        assert site.arguments()[site.target.pattern.hidden] is not hidden, (
+            f"{site.target.name} reads full hidden states"
+        )
         assert set(site.call.users) == {site.merge}, f"{site.target.name} has readers that bypass the merge"
         if sites is not None:
             _check_values(site, sites[site.target.name])

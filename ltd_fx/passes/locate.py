@@ -1,10 +1,10 @@
 """Find the call sites of the target layers, and give each its draw.
 
-    before  %layer = call_module[target=layers.1](args = (%hidden, %mask))
+before  %layer = call_module[target=layers.1](args = (%hidden, %mask))
 
-    after   %site  = get_attr[target=_ltd_site_1]
-            %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
-            %layer = call_module[target=layers.1](args = (%hidden, %mask))
+after   %site  = get_attr[target=_ltd_site_1]
+        %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True))
+        %layer = call_module[target=layers.1](args = (%hidden, %mask))
 """
 
 import inspect
@@ -71,6 +71,7 @@ def locate(graph: fx.Graph, targets: Mapping[str, Target]) -> int:
 
     Raises:
         LTDError: the graph is rewritten already, a target is never called, or a call lacks the hidden states.
+
     """
     nodes = list(graph.nodes)
     if any(node.target is draw_tokens for node in nodes):

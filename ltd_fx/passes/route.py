@@ -1,14 +1,14 @@
 """Let the layer see the kept tokens only, and put its output back among the others.
 
-    before  %layer  = call_module[target=layers.1](args = (%hidden, %align))
-            return %layer
+before  %layer  = call_module[target=layers.1](args = (%hidden, %align))
+        return %layer
 
-    after   %split  = call_function[target=split_hidden](args = (%draw, %hidden, True))
-            %rest   = call_function[target=getitem](args = (%split, 0))
-            %kept   = call_function[target=getitem](args = (%split, 1))
-            %layer  = call_module[target=layers.1](args = (%kept, %align))
-            %merged = call_function[target=merge_output](args = (%draw, %rest, %layer, 0, True))
-            return %merged
+after   %split  = call_function[target=split_hidden](args = (%draw, %hidden, True))
+        %rest   = call_function[target=getitem](args = (%split, 0))
+        %kept   = call_function[target=getitem](args = (%split, 1))
+        %layer  = call_module[target=layers.1](args = (%kept, %align))
+        %merged = call_function[target=merge_output](args = (%draw, %rest, %layer, 0, True))
+        return %merged
 """
 
 import logging
@@ -27,6 +27,7 @@ def route(graph: fx.Graph) -> int:
 
     Returns:
         How many calls are routed.
+
     """
     count = 0
     for site in call_sites(graph):

@@ -1,0 +1,41 @@
+"""Which tokens the most recent training forward kept, found again on demand: the forward itself records nothing."""
+
+import torch
+from torch import Tensor, nn
+
+from ltd_fx.capture import run_fake
+from ltd_fx.draw import Site
+from ltd_fx.errors import LTDError
+from ltd_fx.state import Forward
+
+
+def sampled_indices(root: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
+    """``[B, k]`` int64 per site. The sites' shapes come from a forward under fake tensors, their draws from the key.
+
+    Raises:
+        LTDError: no training forward was seen, or it does not run on fake tensors.
+
+    """
+    state = sites[0].state
+    forward = state.last
+    if forward is None:
+        raise LTDError(
+            "ltd_fx.sampled_indices: no training forward of the transformed model was seen; run one (called from within "
+            "a larger compiled program, it is not seen)"
+        )
+    state.observed = observed = {}
+    try:
+        run_fake(root, *forward.inputs)
+    finally:
+        state.observed = None
+    return {site.name: _indices(site, forward, *observed[site.name]) for site in sites if site.name in observed}
+
+
+def _indices(site: Site, forward: Forward, batch: int, seq_len: int) -> Tensor:
+    keep = min(forward.keep(seq_len), seq_len)
+    key = forward.key
+    if keep == seq_len:
+        return torch.arange(seq_len, device=key.device).expand(batch, seq_len)
+    rows = 1 if site.state.shared else batch
+    indices = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep)
+    return indices.expand(batch, keep)

@@ -1,0 +1,170 @@
+"""Weights in and out: the untransformed model's keys, whatever wraps the model, in files written atomically."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ltd_fx.errors import LTDError
+
+# Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, DeepSpeed's random-LTD.
+_WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "random_ltd_layer"))
+
+
+def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The state under the untransformed model's keys.
+
+    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing and DeepSpeed's random-LTD
+    add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it.
+
+    Raises:
+        LTDError: two keys become the same.
+
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        return without_components(_unwrapped(model_or_state_dict).state_dict(), _WRAPPERS)
+    state = dict(model_or_state_dict)
+    while state and all(key.startswith("module.") for key in map(_strip, state)):
+        state = {_strip(key).removeprefix("module."): value for key, value in state.items()}
+    return without_components(state, _WRAPPERS)
+
+
+def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write :func:`clean_state_dict` to ``path``: safetensors for the suffix ``.safetensors``, else ``torch.save``.
+
+    Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The file
+    appears whole or not at all: an existing one stays as it is until the new one is complete.
+
+    Raises:
+        LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, or the path cannot be written.
+
+    """
+    path = Path(path)
+    state = clean_state_dict(model)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+    except OSError as error:
+        raise LTDError(f"ltd_fx.save_clean: {path} cannot be written: {error}") from error
+    try:
+        if _is_safetensors(path):
+            tensors, aliases = _without_aliases(state)
+            save_file(tensors, name, metadata={"format": "pt", **aliases})
+        else:
+            torch.save(state, name)
+        os.chmod(name, 0o666 & ~_umask())
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except (OSError, SafetensorError) as error:
+        raise LTDError(f"ltd_fx.save_clean: {path} cannot be written: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load what :func:`save_clean` wrote, into a model wrapped, transformed, or neither.
+
+    Raises:
+        LTDError: the file cannot be read, or its keys or shapes are not the model's; the model is untouched then.
+
+    """
+    path = Path(path)
+    try:
+        loaded = _load_safetensors(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        raise LTDError(f"ltd_fx.load_clean: {path} cannot be read: {error}") from error
+    model = _unwrapped(model)
+    names = {_strip(name): name for name in model.state_dict()}
+    missing, unexpected = sorted(names.keys() - loaded.keys()), sorted(loaded.keys() - names.keys())
+    if missing or unexpected:
+        raise LTDError(f"ltd_fx.load_clean: {path} is of another model: missing {missing}, unexpected {unexpected}")
+    for name, value in model.state_dict().items():
+        other = loaded[_strip(name)]
+        if isinstance(value, Tensor) and value.shape != other.shape:
+            raise LTDError(
+                f"ltd_fx.load_clean: {path} is of another model: {_strip(name)} is {tuple(other.shape)} there, "
+                f"{tuple(value.shape)} here"
+            )
+    model.load_state_dict({names[name]: value for name, value in loaded.items()})
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module within compiled and data-parallel wrappers, whose ``module.`` alone does not tell what it is."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def without_components(state: Mapping[str, Any], components: frozenset[str]) -> dict[str, Any]:
+    """``state`` with each of ``components`` taken out of its keys wherever it stands as a whole path component.
+
+    Raises:
+        LTDError: two keys become the same.
+
+    """
+    clean: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in state.items():
+        name = _strip(key, components)
+        if name in clean:
+            raise LTDError(f"ltd_fx: {origin[name]!r} and {key!r} both become {name!r}; rename or drop one of them")
+        clean[name], origin[name] = value, key
+    return clean
+
+
+def _strip(key: str, components: frozenset[str] = _WRAPPERS) -> str:
+    return ".".join(part for part in key.split(".") if part not in components)
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, contiguous and in memory of its own; and other name -> name for the rest."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        identity = (
+            tensor.device,
+            storage.data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
+        if tensor.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        tensors[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        loaded = {name: file.get_tensor(name) for name in file.keys()}
+        aliases = {name: kept for name, kept in (file.metadata() or {}).items() if name != "format"}
+    return {**loaded, **{name: loaded[kept] for name, kept in aliases.items()}}
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix not in (".safetensors", ".pt"):
+        raise LTDError(f"ltd_fx: {path} must end in .safetensors or .pt")
+    return path.suffix == ".safetensors"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
