@@ -55,7 +55,7 @@ def align(draw: Draw | None, value: Any, name: str, dims: tuple[int, ...]) -> An
 
 
 def _gather_table(indices: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A value without batch dimension: ``[S, ...]`` to ``[B, k, ...]``, or to ``[k, ...]`` where one draw serves all."""
+    """A value without batch dimension: ``[S, ...]`` to ``[B, k, ...]``, or to ``[k, ...]`` for a shared draw."""
     count = len(dims)
     gathered = value.movedim(dims, tuple(range(count)))[_grid(indices, count)]
     if indices.shape[0] == 1:
@@ -69,15 +69,15 @@ def _gather_batched(indices: Tensor, value: Tensor, dims: tuple[int, ...]) -> Te
     tokens = tuple(range(1, count + 1))
     moved = value.movedim(dims, tokens)
     if moved.shape[0] == 1:
-        gathered = moved[0][_grid(indices, count)]
-    elif indices.shape[0] == 1:
-        gathered = moved[(slice(None), *_grid(indices[0], count))]
+        return moved[0][_grid(indices, count)].movedim(tokens, dims)
+    batch: slice | Tensor = slice(None)
+    if indices.shape[0] == 1:
+        indices = indices[0]
     else:
         # batch times heads: the heads of one sequence lie next to each other and share its draw
         indices = indices.repeat_interleave(moved.shape[0] // indices.shape[0], dim=0)
-        batch = torch.arange(moved.shape[0], device=indices.device).view(-1, *(1 for _ in dims))
-        gathered = moved[(batch, *_grid(indices, count))]
-    return gathered.movedim(tokens, dims)
+        batch = torch.arange(moved.shape[0], device=indices.device).view(-1, *[1] * count)
+    return moved[(batch, *_grid(indices, count))].movedim(tokens, dims)
 
 
 def _grid(indices: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -98,8 +98,8 @@ def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[
     for name, value in extras.items():
         if name not in aligned and isinstance(value, Tensor) and draw.seq_len in value.shape:
             raise LTDError(
-                f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)} seems to carry the sequence "
-                f"(S={draw.seq_len}), but the layer's LayerPattern does not mention it; list its dimensions in "
-                "`aligned`, or () if it does not"
+                f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)} seems to carry the "
+                f"sequence (S={draw.seq_len}), but the layer's LayerPattern does not mention it; list its "
+                "dimensions in `aligned`, or () if it does not"
             )
     return {name: align(draw, value, name, aligned.get(name, ())) for name, value in extras.items()}

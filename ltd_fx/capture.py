@@ -32,7 +32,7 @@ def layer_graph(signature: inspect.Signature, hidden: str) -> fx.Graph:
     """
     graph = fx.Graph()
     args: list[fx.Node] = []
-    kwargs: dict[str, fx.Node] = {}
+    kwargs: dict[str, fx.node.Argument] = {}
     for parameter in signature.parameters.values():
         name = parameter.name
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:

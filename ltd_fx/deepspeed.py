@@ -39,8 +39,8 @@ _OTHER_KEYS = frozenset(
 class RandomLayerTokenDrop(nn.Module):
     """A wrapper around one layer that drops tokens in training while the reserved length is below the sequence length.
 
-    The layer itself is routed as ``ltd_fx.transform`` would: before :meth:`init_config`, in eval mode and at full length
-    the wrapper passes everything through unchanged.
+    The layer itself is routed as ``ltd_fx.transform`` would. Before :meth:`init_config`, in eval mode and at full
+    length the wrapper passes everything through unchanged.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -138,7 +138,7 @@ def convert_to_random_ltd(
         LTDError: no such layer, a layer number out of range, or what ``init_config`` refuses.
 
     """
-    inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+    inner = _unwrapped(model)
     names = find_layers(inner, layer_class)
     config = dict(config or {})
     ids = config.get("random_ltd_layer_id", list(range(1, len(names) - 1)))
@@ -169,7 +169,12 @@ def save_without_random_ltd(model: nn.Module) -> dict[str, Any]:
         LTDError: two keys become the same.
 
     """
-    return clean_state_dict(model.module if isinstance(getattr(model, "module", None), nn.Module) else model)
+    return clean_state_dict(_unwrapped(model))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:

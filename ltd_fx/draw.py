@@ -56,8 +56,8 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     """The site's draw for ``hidden``, or ``None`` where the layer runs dense: in eval, or at full reserved length.
 
     Raises:
-        LTDError: ``hidden`` is not a 3-D floating-point tensor; ``torch.export`` in training mode; a key-value cache
-            in a forward without gradients.
+        LTDError: ``hidden`` is not a 3-D floating-point tensor; ``torch.export`` in training mode; decoding
+            with a key-value cache in training mode.
 
     """
     state = site.state
@@ -69,6 +69,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     batch, seq_len = hidden_shape(site, hidden, batch_first)
     if state.scheduler is not None and seq_len > state.scheduler.max_length:
         _warn_never_dense(state, seq_len, state.scheduler.max_length)
+    _refuse_generation(site, cache, seq_len)
     keep = state.keep(seq_len)
     if keep >= seq_len:
         return None
@@ -77,12 +78,18 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export"
         )
-    if cache is not None and not torch.is_grad_enabled():
-        raise LTDError(
-            f"ltd_fx: {site.name}: a key-value cache in training mode without gradients would lack the dropped tokens; "
-            "call model.eval() before generating (or pass use_cache=False)"
-        )
     return Draw(site, _indices(site, hidden, batch, seq_len, keep), batch, seq_len)
+
+
+def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
+    """Decoding in training mode: the cache of a routed layer lacks the tokens that were dropped from the prompt."""
+    if cache is None or torch.is_grad_enabled() or not hasattr(cache, "get_seq_length"):
+        return
+    if cache.get_seq_length() > seq_len:
+        raise LTDError(
+            f"ltd_fx: {site.name}: decoding with a key-value cache in training mode would attend to the kept tokens "
+            "only; call model.eval() before generating"
+        )
 
 
 def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
@@ -103,8 +110,8 @@ def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:
 
 
 _NEVER_DENSE = (
-    "ltd_fx: sequences of {} tokens are longer than the scheduler's max_length={}: the layers would stay routed after the "
-    "schedule's end. Set max_length to the sequence length."
+    "ltd_fx: sequences of {} tokens are longer than the scheduler's max_length={}: the layers would stay routed after "
+    "the schedule's end. Set max_length to the sequence length."
 )
 
 

@@ -38,8 +38,8 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
         if pattern is None:
             cls = type(modules[name]).__name__
             raise LTDError(
-                f"ltd_fx: {name} is a {cls}, for which no LayerPattern is known; tell which arguments follow the tokens "
-                f"with ltd_fx.register_pattern({cls}, ltd_fx.LayerPattern(hidden=..., aligned=...))"
+                f"ltd_fx: {name} is a {cls}, for which no LayerPattern is known; tell which arguments follow the "
+                f"tokens with ltd_fx.register_pattern({cls}, ltd_fx.LayerPattern(hidden=..., aligned=...))"
             )
         slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
         stack = slot.rpartition(".")[0]
@@ -79,7 +79,7 @@ def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
     if callable(layers):
         return [name for name, module in modules.items() if layers(name, module)]
     if isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
-        missing = [name for name in layers if name not in modules]
+        missing = [name for name in layers if isinstance(name, str) and name not in modules]
         if missing:
             near = difflib.get_close_matches(missing[0], modules, n=3)
             raise LTDError(f"ltd_fx: the model has no layer {missing[0]!r}{_did_you_mean(near)}")

@@ -64,7 +64,7 @@ def plan(stacks: list[list[Layer]], skip_first: int, skip_last: int) -> tuple[li
     if not routed:
         sizes = ", ".join(f"{len(stack)} in {_parent(stack[0].name) or 'the root'}" for stack in stacks)
         raise LTDError(
-            f"ltd_fx: skip_first={skip_first} and skip_last={skip_last} leave no layer to route (layers found: {sizes}); "
+            f"ltd_fx: skip_first={skip_first} and skip_last={skip_last} leave no layer to route (found {sizes}); "
             "lower them"
         )
     return routed, entries

@@ -4,6 +4,7 @@ All are functional: they return fresh tensors and change none. One kernel writte
 also checks the values of the indices, which elsewhere would cost a device synchronisation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,57 +19,54 @@ _lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True)
 _lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
 
-def _require(condition: Any, message: str) -> None:
-    torch._check_with(LTDError, condition, lambda: f"ltd_fx: {message}")  # type: ignore[no-untyped-call]
+def _require(condition: Any, message: Callable[[], str]) -> None:
+    torch._check_with(LTDError, condition, lambda: f"ltd_fx: {message()}")
 
 
 # ---- arguments: what is checked in the kernels and under fake tensors alike
 
 
 def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int) -> None:
-    for name, value in (("key", key), ("site", site)):
-        _require(
-            value.dtype == torch.int64 and value.ndim == 0,
-            f"{name} must be a 0-dim int64 tensor, got {value.dtype} of shape {tuple(value.shape)}",
-        )
-    _require(batch >= 0, f"batch must not be negative, got {batch}")
-    _require(keep >= 0, f"keep must not be negative, got {keep}")
-    _require(keep <= seq_len, f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
+    scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
+    _require(
+        scalars,
+        lambda: f"key and site must be 0-dim int64, got {key.ndim}-dim {key.dtype}, {site.ndim}-dim {site.dtype}",
+    )
+    _require(batch >= 0, lambda: f"batch must not be negative, got {batch}")
+    _require(keep >= 0, lambda: f"keep must not be negative, got {keep}")
+    _require(keep <= seq_len, lambda: f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
 
 
 def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
-    layout = "[B, S, D]" if batch_first else "[S, B, D]"
-    _require(hidden.ndim == 3, f"hidden must be {layout}, got shape {tuple(hidden.shape)}")
-    _require(hidden.dtype.is_floating_point, f"hidden must be floating point, got {hidden.dtype}")
-    _require(indices.dtype in (torch.int32, torch.int64), f"indices must be int32 or int64, got {indices.dtype}")
-    _require(indices.ndim == 2, f"indices must be [B, k], got shape {tuple(indices.shape)}")
-    batch, seq_len = (hidden.shape[0], hidden.shape[1]) if batch_first else (hidden.shape[1], hidden.shape[0])
+    _require(hidden.ndim == 3, lambda: f"hidden must have three dimensions, got shape {tuple(hidden.shape)}")
+    _require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
     _require(
-        indices.shape[0] == batch, f"indices has {indices.shape[0]} rows, but hidden {layout} has batch size {batch}"
+        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
     )
-    _require(indices.shape[1] <= seq_len, f"indices keeps {indices.shape[1]} tokens, but hidden has only {seq_len}")
-    _require(hidden.device == indices.device, f"hidden is on {hidden.device}, indices on {indices.device}")
+    _require(indices.ndim == 2, lambda: f"indices must be [B, k], got shape {tuple(indices.shape)}")
+    batch, seq_len = (hidden.shape[0], hidden.shape[1]) if batch_first else (hidden.shape[1], hidden.shape[0])
+    rows, keep = indices.shape
+    _require(rows == batch, lambda: f"indices has {rows} rows, but with batch_first={batch_first} hidden has {batch}")
+    _require(keep <= seq_len, lambda: f"indices keeps {keep} tokens, but hidden has only {seq_len}")
+    _require(hidden.device == indices.device, lambda: f"hidden is on {hidden.device}, indices on {indices.device}")
 
 
 def _check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
     _check_indices(hidden, indices, batch_first)
-    _require(kept.ndim == 3, f"kept must have three dimensions, got shape {tuple(kept.shape)}")
-    batch_dim, token_dim = (0, 1) if batch_first else (1, 0)
-    same = kept.shape[batch_dim] == indices.shape[0], kept.shape[token_dim] == indices.shape[1]
-    _require(
-        same[0] and same[1] and kept.shape[2] == hidden.shape[2],
-        f"kept has shape {tuple(kept.shape)}, which does not fit hidden {tuple(hidden.shape)} "
-        f"and indices {tuple(indices.shape)} with batch_first={batch_first}",
-    )
-    _require(kept.dtype == hidden.dtype, f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
+    _require(kept.ndim == 3, lambda: f"kept must have three dimensions, got shape {tuple(kept.shape)}")
+    rows, keep = indices.shape
+    expected = (rows, keep, hidden.shape[2]) if batch_first else (keep, rows, hidden.shape[2])
+    for size, expected_size in zip(kept.shape, expected, strict=True):
+        _require(size == expected_size, lambda: f"kept must have shape {tuple(expected)}, but has {tuple(kept.shape)}")
+    _require(kept.dtype == hidden.dtype, lambda: f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
 
 
 def _check_values(indices: Tensor, seq_len: int) -> None:
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
-    _require(bool((indices[:, 1:] > indices[:, :-1]).all()), "indices must be ascending and unique in each row")
+    _require(bool((indices[:, 1:] > indices[:, :-1]).all()), lambda: "indices must be ascending and unique in each row")
     low, high = int(indices[:, 0].min()), int(indices[:, -1].max())
-    _require(low >= 0 and high < seq_len, f"indices must be in [0, {seq_len}), got values from {low} to {high}")
+    _require(low >= 0 and high < seq_len, lambda: f"indices must be in [0, {seq_len}), got values from {low} to {high}")
 
 
 # ---- kernels
@@ -177,7 +175,8 @@ def _join(value: Tensor, batch_dim: int) -> Tensor:
 
 def _part(value: Tensor, batch_dim: int, size: int) -> Tensor:
     """The inverse of :func:`_join`, for the result."""
-    return value.unflatten(batch_dim, (size, value.shape[batch_dim] // size)).movedim(batch_dim, 0)
+    parted: Tensor = value.unflatten(batch_dim, (size, value.shape[batch_dim] // size)).movedim(batch_dim, 0)
+    return parted
 
 
 @torch.library.register_vmap("ltd_fx::sample_tokens", lib=_lib)
@@ -186,6 +185,7 @@ def _sample_vmap(
 ) -> tuple[Tensor, int]:
     if in_dims[0] is not None or in_dims[1] is not None:
         raise LTDError("ltd_fx: sample_tokens maps over `like`, never over its key or site; keep those unmapped")
+    assert in_dims[2] is not None
     rows = torch.ops.ltd_fx.sample_tokens(key, site, like.select(in_dims[2], 0), info.batch_size * batch, *rest)
     return rows.unflatten(0, (info.batch_size, batch)), 0
 

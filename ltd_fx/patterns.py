@@ -29,8 +29,8 @@ class LayerPattern:
         batch_first: the layout of the hidden states.
         output: the slot of the hidden states in a tuple output; ``None``: the layer returns a bare tensor.
             A layer that returns a bare tensor is accepted with any slot.
-        cache: the argument holding a key-value cache. It is refused in a routed forward without gradients: that is
-            generation in training mode, and the cache would lack the dropped tokens.
+        cache: the argument holding a key-value cache, so that decoding in training mode can be refused: the cache of a
+            routed layer lacks the dropped tokens.
 
     """
 
@@ -58,8 +58,9 @@ class LayerPattern:
             if name is None or name in names or (role == "aligned" and takes_any):
                 continue
             raise LTDError(
-                f"ltd_fx: the pattern of {layer_class.__name__} has {role} argument {name!r}, but its forward takes "
-                f"({', '.join(names)}); correct it with ltd_fx.register_pattern({layer_class.__name__}, LayerPattern(...))"
+                f"ltd_fx: the pattern of {layer_class.__name__} has {role} argument {name!r}, but its forward "
+                f"takes ({', '.join(names)}); correct it with "
+                f"ltd_fx.register_pattern({layer_class.__name__}, LayerPattern(...))"
             )
 
 
@@ -77,7 +78,8 @@ def _align_src_mask(draw: Draw | None, mask: Any) -> Any:
     gathered = align(draw, mask, "src_mask", (0, 1))
     if gathered.ndim == 2:  # one draw for the batch
         return gathered
-    return gathered.repeat_interleave(draw.site.layer.self_attn.num_heads, dim=0)
+    heads: int = draw.site.layer.get_submodule("self_attn").num_heads  # type: ignore[assignment]
+    return gathered.repeat_interleave(heads, dim=0)
 
 
 _DECODER = LayerPattern(

@@ -20,10 +20,11 @@ def sampled_indices(root: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
     forward = state.last
     if forward is None:
         raise LTDError(
-            "ltd_fx.sampled_indices: no training forward of the transformed model was seen; run one (called from within "
-            "a larger compiled program, it is not seen)"
+            "ltd_fx.sampled_indices: no training forward of the transformed model was seen; run one (called from "
+            "within a larger compiled program, it is not seen)"
         )
-    state.observed = observed = {}
+    observed: dict[str, tuple[int, int]] = {}
+    state.observed = observed
     try:
         run_fake(root, *forward.inputs)
     finally:
@@ -37,5 +38,5 @@ def _indices(site: Site, forward: Forward, batch: int, seq_len: int) -> Tensor:
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)
     rows = 1 if site.state.shared else batch
-    indices = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep)
+    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep)
     return indices.expand(batch, keep)

@@ -38,7 +38,8 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(rest: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> Tensor:
-        return torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, batch_first)
+        merged: Tensor = torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, batch_first)
+        return merged
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -55,13 +56,13 @@ class _Merge(torch.autograd.Function):
 
 def split_tokens(hidden: Tensor, indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """``hidden`` with its kept rows declared unread, and those rows ``[B, k, D]`` (``[k, B, D]``) for the layer."""
-    rest, kept = _Split.apply(hidden, indices, batch_first)  # type: ignore[no-untyped-call]
+    rest, kept = _Split.apply(hidden, indices, batch_first)
     return rest, kept
 
 
 def merge_tokens(rest: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> Tensor:
     """The stream after the layer: dropped rows from ``rest``, kept rows from the layer's output ``kept``."""
-    merged: Tensor = _Merge.apply(rest, indices, kept, batch_first)  # type: ignore[no-untyped-call]
+    merged: Tensor = _Merge.apply(rest, indices, kept, batch_first)
     return merged
 
 
@@ -92,8 +93,8 @@ def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None,
     for i, item in enumerate(output):
         if i != slot and isinstance(item, Tensor):
             raise LTDError(
-                f"ltd_fx: {draw.site.name} also returns a tensor of shape {tuple(item.shape)} in slot {i}, computed from "
-                "the kept tokens only; switch that output (attention weights?) off in training"
+                f"ltd_fx: {draw.site.name} also returns a tensor of shape {tuple(item.shape)} in slot {i}, computed "
+                "from the kept tokens only; switch that output (attention weights?) off in training"
             )
     merged = merge_tokens(rest, indices, output[slot].to(rest.dtype), batch_first)
     return type(output)([*output[:slot], merged, *output[slot + 1 :]])

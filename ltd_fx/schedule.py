@@ -82,6 +82,7 @@ class LTDScheduler:
             None if global_batch_size is None else _integer("global_batch_size", global_batch_size, 1)
         )
         self._state: RouteState | None = None
+        self._length: torch.Tensor
         self._step = 0
         self._length_sum = 0
         self._refresh()
@@ -158,7 +159,7 @@ class LTDScheduler:
         marked dynamic: a change of length then never recompiles.
         """
         length = self.length_at(self._step)
-        if getattr(self, "_length", None) is None or self._length.shape[0] != length:
+        if not hasattr(self, "_length") or self._length.shape[0] != length:
             self._length = torch.empty(length, 0)
             if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
                 torch._dynamo.mark_dynamic(self._length, 0)

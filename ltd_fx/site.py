@@ -4,7 +4,6 @@ As in FSDP2, the instance stays: its name, hooks, parameters and ``state_dict`` 
 still holds.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,14 +33,15 @@ class RoutedLayer(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        # Here and not in `forward`: outside of what transformers checkpoints, inside of what `layer.compile()` compiles.
+        # Here and not in `forward`: outside of what transformers checkpoints, within what `layer.compile()` compiles.
         return self._ltd_forward(*args, **kwargs)
 
     def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own call, hooks included."""
         args = (*args, *kwargs.pop(ARGS, ()))
         kwargs.update(kwargs.pop(KWARGS, {}))
-        return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+        dense: Callable[..., Any] = super()._call_impl
+        return dense(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
@@ -53,7 +53,9 @@ def _rebuild(*arguments: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], type[nn.Module], LayerPattern], type[RoutedLayer]] = {}
+
+
 def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], pattern: LayerPattern) -> type[RoutedLayer]:
     """The swapped-in class. One per class and pattern, so that identical layers share code, and so a compiled graph.
 
@@ -66,6 +68,9 @@ def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], patt
         LTDError: the pattern does not fit the layer's ``forward``.
 
     """
+    arguments = (slot_class, layer_class, pattern)
+    if arguments in _classes:
+        return _classes[arguments]
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
     rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern)})
@@ -75,9 +80,11 @@ def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], patt
         "_ltd_base": slot_class,
         "_ltd_graph": graph,
         "_ltd_forward": _compile(graph),
-        "_ltd_arguments": (slot_class, layer_class, pattern),
+        "_ltd_arguments": arguments,
     }
-    return type(slot_class)(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
+    metaclass: Any = type(slot_class)
+    _classes[arguments] = metaclass(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
+    return _classes[arguments]
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:
@@ -97,5 +104,5 @@ def swap_class(slot: nn.Module, routed: type[RoutedLayer], site: Site) -> None:
 
 def swap_back(slot: nn.Module) -> None:
     assert isinstance(slot, RoutedLayer)
-    slot.__class__ = slot._ltd_base
+    slot.__class__ = slot._ltd_base  # type: ignore[assignment]
     delattr(slot, SITE)

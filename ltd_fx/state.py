@@ -101,9 +101,9 @@ class RouteState:
                 self._recomputable = now
         elif self._recomputable is None or self._recomputable[0] is not self.key or self._ambiguous:
             raise LTDError(
-                "ltd_fx: activation checkpointing recomputes a routed layer, but the model ran another training forward "
-                "since (or the scheduler stepped), so the layer would draw other tokens. Call backward() after each "
-                "forward, or checkpoint inside the layer (transformers' gradient_checkpointing_enable() does)."
+                "ltd_fx: activation checkpointing recomputes a routed layer, but the model ran another training "
+                "forward since (or the scheduler stepped), so the layer would draw other tokens. Call backward() after "
+                "each forward, or checkpoint inside the layer (transformers' gradient_checkpointing_enable() does)."
             )
         else:
             # the backward of this forward has begun: the next forward is the only one awaiting a recompute
@@ -132,6 +132,6 @@ class RouteState:
 
 def watch_forwards(root: nn.Module, state: RouteState) -> RemovableHandle:
     """Have ``root`` announce its forwards to ``state``."""
-    # torch.compile(model) runs the root's hooks as frames of their own, outside the model's: this one is no graph's worth
+    # torch.compile(model) runs the root's hooks in frames of their own, outside the model's: not worth a graph
     torch._dynamo.eval_frame.skip_code(RouteState.begin_forward.__code__)
     return root.register_forward_pre_hook(state.begin_forward, with_kwargs=True)

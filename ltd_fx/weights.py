@@ -38,8 +38,8 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
 def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write :func:`clean_state_dict` to ``path``: safetensors for the suffix ``.safetensors``, else ``torch.save``.
 
-    Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The file
-    appears whole or not at all: an existing one stays as it is until the new one is complete.
+    Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The
+    file appears whole or not at all: an existing one stays as it is until the new one is complete.
 
     Raises:
         LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, or the path cannot be written.
@@ -153,7 +153,7 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        loaded = {name: file.get_tensor(name) for name in file.keys()}
+        loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         aliases = {name: kept for name, kept in (file.metadata() or {}).items() if name != "format"}
     return {**loaded, **{name: loaded[kept] for name, kept in aliases.items()}}
 

@@ -45,7 +45,7 @@ def _gathered(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node
     with graph.inserting_before(site.call):
         if name == KWARGS:
             parameters = site.target.signature.parameters
-            entries = {key: dims for key, dims in aligned.items() if key not in parameters}
+            entries: Any = {key: dims for key, dims in aligned.items() if key not in parameters}
             return graph.call_function(align_extras, (site.draw, value, entries))
         entry = aligned.get(name, ())
         if value is None or entry == ():

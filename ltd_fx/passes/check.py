@@ -33,7 +33,7 @@ def check(graph: fx.Graph, sites: Mapping[str, Site] | None = None) -> int:
     """
     count = 0
     for site in call_sites(graph):
-        assert site.split is not None and site.merge is not None, f"{site.target.name} is located but not routed"
+        assert site.split is not None, f"{site.target.name} is located but not routed"
         hidden = site.split.args[1]
         assert site.arguments()[site.target.pattern.hidden] is not hidden, (
             f"{site.target.name} reads full hidden states"
@@ -49,7 +49,9 @@ def check(graph: fx.Graph, sites: Mapping[str, Site] | None = None) -> int:
 
 def _check_values(call: CallSite, site: Site) -> None:
     """Run the site's own gathers on the recorded fake values: what they refuse in training they refuse here."""
-    hidden = call.draw.args[1].meta["val"]
+    (_, hidden_node, *_) = call.draw.args
+    assert isinstance(hidden_node, fx.Node)
+    hidden = hidden_node.meta["val"]
     batch, seq_len = hidden_shape(site, hidden, call.target.pattern.batch_first)
     if seq_len < 2:
         return

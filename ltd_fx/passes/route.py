@@ -42,7 +42,9 @@ def route(graph: fx.Graph) -> int:
             site.merge = graph.call_function(
                 merge_output, (site.draw, rest, site.call, pattern.output, pattern.batch_first)
             )
-        site.call.replace_all_uses_with(site.merge, delete_user_cb=lambda user, merge=site.merge: user is not merge)
+        for user in list(site.call.users):
+            if user is not site.merge:
+                user.replace_input_with(site.call, site.merge)
         if "val" in site.call.meta:
             site.merge.meta["val"] = site.call.meta["val"]
         count += 1

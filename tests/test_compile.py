@@ -1,0 +1,146 @@
+"""One routed graph for every length, one dense graph; compiled results equal eager ones with the same draws."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import BATCH, CASES, SEQ, Case, loss_of, text
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import ltd_fx
+
+
+def step(run: Any, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Loss and gradients of one training step."""
+    model.zero_grad()
+    loss = loss_of(run(**inputs))
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
+    """Each length's own graph would be 61; torch's default limit is 8."""
+    model, inputs, seq_len = case.model(), case.inputs(), case.seq_len
+    scheduler = ltd_fx.LTDScheduler(4, seq_len, seq_len - 4)
+    ltd_fx.transform(model, scheduler)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    lengths = set()
+    for i in range(seq_len - 2):
+        saved = scheduler.state_dict()
+        ours = step(compiled, model, inputs)
+        if i % 20 == 0 or scheduler.reserved_length >= seq_len - 1:
+            scheduler.load_state_dict(saved)
+            assert_same(ours, step(model, model, inputs))
+        lengths.add(scheduler.reserved_length)
+        scheduler.step()
+    assert len(lengths) >= 61
+    assert scheduler.reserved_length == seq_len
+    assert counter.frame_count == 2
+
+
+def test_inductor_fuses_the_route_and_agrees(llama: Case) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 4))
+    scheduler = model._ltd_rewrite.state.scheduler
+    compiled = torch.compile(model, fullgraph=True)
+    eager = step(model, model, text())
+    scheduler.set_step(0)
+    ours, code = run_and_get_code(lambda: step(compiled, model, text()))
+    assert_same(ours, eager, 1e-4)
+    assert code
+    assert not any("ops.ltd_fx" in kernel for kernel in code)
+
+
+def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
+    model = CASES["llama"].model()
+    scheduler = ltd_fx.LTDScheduler(4, SEQ, 4)
+    model.model.layers.extend(llama.model().model.layers)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = 0 if i in (0, 7) else i
+    model.config.use_cache = False
+    ltd_fx.transform(model, scheduler)
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=counter)
+    for _ in range(6):
+        saved = scheduler.state_dict()
+        ours = step(model, model, text())
+        scheduler.load_state_dict(saved)
+        with torch.compiler.set_stance("force_eager"):
+            assert_same(ours, step(model, model, text()))
+        scheduler.step()
+    assert counter.frame_count <= 3  # the dense layer class, the routed one routed, the routed one dense
+
+
+class Blocks(nn.Module):
+    """A nanoGPT-style model that checkpoints its own blocks."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True) for _ in range(4))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.use_reentrant is None:
+                hidden = block(hidden)
+            else:
+                hidden = checkpoint(block, hidden, use_reentrant=self.use_reentrant)
+        return hidden
+
+
+def test_a_users_own_checkpoint_inside_the_compiled_graph() -> None:
+    torch.manual_seed(0)
+    plain, checkpointed = Blocks(None).train(), Blocks(False).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    inputs = {"hidden": torch.randn(BATCH, SEQ, 16)}
+    results = []
+    for model in (plain, checkpointed):
+        ltd_fx.transform(model, ltd_fx.LTDScheduler(5, SEQ, 10))
+        results.append(step(torch.compile(model, fullgraph=True, backend="aot_eager"), model, inputs))
+    assert_same(*results)
+
+
+def test_two_compiled_forwards_before_one_backward(llama: Case) -> None:
+    model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 4))
+    scheduler = model._ltd_rewrite.state.scheduler
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, model):
+        scheduler.set_step(0)
+        model.zero_grad()
+        (loss_of(run(**text())) + 2 * loss_of(run(**text()))).backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_same(*results)
+
+
+def test_changing_batches_compile_a_bounded_number_of_graphs(llama: Case) -> None:
+    model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 60))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for batch, seq in ((2, 16), (3, 24), (4, 40), (5, 17), (2, 64)):
+        compiled(input_ids=torch.zeros(batch, seq, dtype=torch.long))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("sampling", ["per_sample", "shared"])
+def test_eval_and_full_length_are_the_untransformed_model_bit_for_bit(case: Case, sampling: str) -> None:
+    plain, model = case.model(), case.model()
+    ltd_fx.transform(model, ltd_fx.LTDScheduler(3, case.seq_len, 10), sampling=sampling)
+    inputs = case.inputs()
+    routed = loss_of(model(**inputs))
+    assert not torch.equal(routed, loss_of(plain(**inputs)))
+    model._ltd_rewrite.state.scheduler.set_step(10)
+    assert torch.equal(loss_of(model(**inputs)), loss_of(plain(**inputs)))
+    model._ltd_rewrite.state.scheduler.set_step(0)
+    assert torch.equal(loss_of(model.eval()(**inputs)), loss_of(plain.eval()(**inputs)))
