@@ -79,7 +79,9 @@ def test_a_recompute_that_would_draw_other_tokens_is_refused(mode: str, use_reen
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_transformers_gradient_checkpointing_with_two_forwards_before_backward(llama: Case, use_reentrant: bool) -> None:
+def test_transformers_gradient_checkpointing_with_two_forwards_before_backward(
+    llama: Case, use_reentrant: bool
+) -> None:
     results = []
     for checkpointed in (False, True):
         model = llama.model()

@@ -1,0 +1,31 @@
+# Each target sets up its own virtual environment from nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
+	$(BIN)/python examples/train_gpt.py
+
+test: $(VENV)/.dev ## the default test suite
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev ## also the slow tests
+	$(BIN)/python -m pytest -m "not cuda"
+
+lint: $(VENV)/.dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## benchmarks, with ratios measured in one run
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+
+$(VENV)/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
