@@ -12,7 +12,7 @@ test: $(VENV)/.dev ## the default test suite
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.dev ## also the slow tests
-	$(BIN)/python -m pytest -m "not cuda"
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

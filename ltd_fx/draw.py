@@ -19,9 +19,10 @@ class Site:
     def __init__(self, name: str, number: int, layer: nn.Module, state: RouteState) -> None:
         self.name = name
         # a tensor, not an int: as data, it lets identical layers compiled one by one share a graph
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device=state.device)
         self.layer = layer
         self.state = state
+        state.sites.append(self)
 
 
 class Draw(NamedTuple):

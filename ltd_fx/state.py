@@ -12,6 +12,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.sampling import draw_key
 
 if TYPE_CHECKING:
+    from ltd_fx.draw import Site
     from ltd_fx.schedule import LTDScheduler
 
 
@@ -46,6 +47,7 @@ class RouteState:
         self.routed = routed
         self.dense = dense
         self.device = torch.device("cpu")
+        self.sites: list[Site] = []
         self.warned = False
         self.last: Forward | None = None
         # while replaying: (B, S) by site, collected instead of routing
@@ -70,13 +72,19 @@ class RouteState:
             return
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
-            self.device = parameter.device
-            self.key = self.key.to(self.device)
+            self._move(parameter.device)
         self.key = self.key + 1
         if torch.compiler.is_compiling():
             self.last = None
         else:
             torch.compiler.disable(self._remember)(args, kwargs)
+
+    def _move(self, device: torch.device) -> None:
+        """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
+        self.device = device
+        self.key = self.key.to(device)
+        for site in self.sites:
+            site.number = site.number.to(device)
 
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         length = None if self.scheduler is None else self.scheduler.reserved_length

@@ -1,0 +1,124 @@
+"""The passes one by one: what each counts, leaves and refuses; and the graphs they start from."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from conftest import SEQ, Case, text
+from torch import Tensor, fx, nn
+
+from ltd_fx import LayerPattern, LTDError
+from ltd_fx.capture import KWARGS, LAYER, describe, layer_graph, record, run_fake
+from ltd_fx.passes import Target, align, check, locate, route
+
+
+def forward(x: Tensor, mask: Tensor | None = None, *rest: Any, gain: float = 1.0, **extras: Any) -> Tensor:
+    return x
+
+
+PATTERN = LayerPattern(hidden="x", aligned={"mask": (2, 3), "bias": (1,)})
+TARGET = Target("layers.1", "_ltd_site_1", inspect.signature(forward), PATTERN)
+
+
+def two_calls() -> fx.Graph:
+    """x -> layers.0 -> layers.1 (routed) -> layers.1 again, with a residual around the second call."""
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    first = graph.call_module("layers.0", (x, mask))
+    second = graph.call_module("layers.1", (first,), {"mask": mask})
+    third = graph.call_module("layers.1", (second, mask))
+    graph.output(graph.call_function(torch.add, (second, third)))
+    return graph
+
+
+def names(graph: fx.Graph) -> list[str]:
+    return [getattr(node.target, "__name__", str(node.target)) for node in graph.nodes]
+
+
+def test_each_pass_counts_and_leaves_a_sound_graph() -> None:
+    graph = two_calls()
+    assert locate(graph, {"layers.1": TARGET}) == 2
+    assert names(graph).count("draw_tokens") == 2
+    assert names(graph).index("draw_tokens") > names(graph).index("layers.0")
+    assert align(graph) == 2
+    assert names(graph).count("align") == 2
+    assert route(graph) == 2
+    assert check(graph) == 2
+    graph.lint()
+    calls = [node for node in graph.nodes if node.target == "layers.1"]
+    for call in calls:
+        (merge,) = call.users
+        assert merge.target.__name__ == "merge_output"
+        kept, *_ = call.args
+        assert kept.args[0].target.__name__ == "split_hidden"
+    merges = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "merge_output"]
+    (add,) = [node for node in graph.nodes if node.target is torch.add]
+    assert add.args == tuple(merges)
+    (untouched,) = [node for node in graph.nodes if node.target == "layers.0"]
+    assert [arg.name for arg in untouched.args] == ["x", "mask"]
+
+
+def test_locate_refuses_what_it_cannot_place() -> None:
+    graph = two_calls()
+    with pytest.raises(LTDError, match=r"layers\.9 is never called"):
+        locate(graph, {"layers.9": TARGET})
+    locate(graph, {"layers.1": TARGET})
+    with pytest.raises(LTDError, match="rewritten already"):
+        locate(graph, {"layers.1": TARGET})
+    graph = fx.Graph()
+    graph.output(graph.call_module("layers.1", (), {"mask": graph.placeholder("mask")}))
+    with pytest.raises(LTDError, match="without 'x'"):
+        locate(graph, {"layers.1": TARGET})
+
+
+def test_check_catches_a_reader_that_bypasses_the_merge_and_an_unrouted_site() -> None:
+    graph = two_calls()
+    locate(graph, {"layers.1": TARGET})
+    with pytest.raises(AssertionError, match="located but not routed"):
+        check(graph)
+    align(graph)
+    route(graph)
+    call = next(node for node in graph.nodes if node.target == "layers.1")
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        graph.call_function(torch.relu, (call,))
+    with pytest.raises(AssertionError, match="bypass the merge"):
+        check(graph)
+
+
+def test_a_layers_graph_keeps_its_signature() -> None:
+    graph = layer_graph(inspect.signature(forward), "x")
+    scope: dict[str, Any] = {}
+    exec(graph.python_code("self").src, graph.python_code("self").globals, scope)
+    assert str(inspect.signature(scope["forward"])) == "(self, x, mask=None, *rest, gain=1.0, **extras)"
+    (call,) = [node for node in graph.nodes if node.op == "call_module"]
+    assert call.target == LAYER
+    assert [str(arg) for arg in call.args] == ["x"]
+    assert KWARGS in call.kwargs
+
+    def keyword_only(x: Tensor, *, scale: float) -> Tensor:
+        return x * scale
+
+    with pytest.raises(LTDError, match="keyword-only argument 'scale'"):
+        layer_graph(inspect.signature(keyword_only), "x")
+
+
+def test_recording_leaves_the_model_and_the_random_state_alone(llama: Case) -> None:
+    model = llama.model()
+    layers = {f"model.layers.{i}": model.model.layers[i] for i in (1, 2)}
+    buffers = dict(model.named_buffers())
+    state = torch.random.get_rng_state()
+    graph = record(model, layers, text())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert not any(layer._forward_hooks for layer in layers.values())
+    first, second = (node for node in graph.nodes if node.op == "call_module")
+    assert second.args[0] is first
+    assert first.meta["val"].shape == (3, SEQ, 32)
+    assert first.kwargs["attention_mask"] is second.kwargs["attention_mask"]  # a shared value is one node
+
+
+def test_fake_runs_report_what_fails() -> None:
+    with pytest.raises(LTDError, match=r"fake tensors.*reduction dim"):
+        run_fake(nn.Linear(3, 3), *describe((torch.zeros(2, 4),), {}))
