@@ -104,7 +104,7 @@ def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: 
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     out = hidden.clone(memory_format=torch.contiguous_format)
-    out.flatten(0, 1).index_copy_(0, _flat_rows(indices, seq_len, batch_first).long(), kept.flatten(0, 1))
+    out.flatten(0, 1).index_copy_(0, _flat_rows(indices, seq_len, batch_first), kept.flatten(0, 1))
     return out
 
 

@@ -216,7 +216,7 @@ def check_unharmed(path):
 @SUFFIXES
 def test_a_full_disk(saved):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    large = Net(width=3000)
+    large = Net(width=100)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
         with pytest.raises(LTDError, match=rf"{saved} cannot be written"):
