@@ -1,102 +1,138 @@
-"""What the two runs cost and reached: a table and a picture."""
+"""What routing saved: its best case, timed; a table; a picture; and the numbers behind them."""
 
-from collections.abc import Mapping
-from itertools import accumulate
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
-Metrics = Mapping[str, Any]
+import numpy as np
+import torch
+from gpt import GPT, Block
+from matplotlib.figure import Figure
 
 
-def ideal_share(layers: int, width: int, vocabulary: int, full: int, length: int) -> float:
-    """Training FLOPs at reserved length ``length`` as a share of the dense model's, all but two layers routed.
+class IdealTimer:
+    """Times the routed layers with no routing: forward and backward on the first k tokens, nothing gathered.
 
-    A layer at n tokens takes 24 n d^2 + 2 n^2 d forward (causal attention, MLP of 4 d); the head takes 2 n d V.
+    What this takes less than at full length is all that a step can save at reserved length k.
+
+    Attributes:
+        seconds: the measurements at each of a few lengths, the last of them the full one; the rest is interpolated.
+
     """
 
-    def layer(n: int) -> int:
-        return 24 * n * width**2 + 2 * n**2 * width
+    def __init__(self, model: GPT, batch: int, lengths: Sequence[int]) -> None:
+        self.model = model
+        self.hidden = torch.randn(batch, max(lengths), model.config.width, device=model.cos.device)
+        picks = np.linspace(0, len(lengths) - 1, 5).round().astype(int)
+        self.seconds: dict[int, list[float]] = {lengths[i]: [] for i in picks}
+        self._forward = torch.compile(Block.forward, fullgraph=True)
 
-    head = 2 * full * width * vocabulary
-    return (2 * layer(full) + (layers - 2) * layer(length) + head) / (layers * layer(full) + head)
+    def measure(self) -> None:
+        """Add one measurement at each length."""
+        for length, seconds in self.seconds.items():
+            seconds.append(self._time(length))
+
+    def clear(self) -> None:
+        """Forget all measurements."""
+        for seconds in self.seconds.values():
+            seconds.clear()
+
+    def saved(self, length: int) -> float:
+        """Seconds per step that ``length`` tokens take less than all."""
+        means = [fmean(seconds) for seconds in self.seconds.values()]
+        return means[-1] - float(np.interp(length, list(self.seconds), means))
+
+    def _time(self, length: int) -> float:
+        hidden = self.hidden[:, :length].clone().requires_grad_()
+        rotary = self.model.rotary(length)
+        for tensor in (hidden, *rotary):
+            torch._dynamo.mark_dynamic(tensor, 1)  # one graph for all lengths, like the routed one
+        start = time.perf_counter()
+        out = hidden
+        for block in self.model.blocks[1:-1]:
+            out = self._forward(block, out, rotary)
+        out.backward(torch.ones_like(out))
+        hidden.grad[0, 0, 0].item()  # waits for the device
+        elapsed = time.perf_counter() - start
+        self.model.zero_grad()
+        return elapsed
 
 
-def compare(dense: Metrics, routed: Metrics, shares: list[float]) -> dict[str, float]:
-    """What routing saved. Times are sums over steps without a compilation; ``ideal`` scales dense steps by FLOPs."""
-    usual = median(second for second, compiled in zip(dense["seconds"], dense["compiled"], strict=True) if not compiled)
-    kept = [not (a or b) for a, b in zip(dense["compiled"], routed["compiled"], strict=True)]
-    saved = sum(usual - second for second, keep in zip(routed["seconds"], kept, strict=True) if keep)
-    possible = sum(usual * (1 - share) for share, keep in zip(shares, kept, strict=True) if keep)
-    return {
-        "layer_tokens_saved": 1 - routed["layer_tokens"][-1] / dense["layer_tokens"][-1],
-        "time_saved": saved / (usual * sum(kept)),
-        "time_saved_ideal": possible / (usual * sum(kept)),
-        "realised_efficiency": saved / possible,
-    }
+@dataclass(frozen=True)
+class Result:
+    """Of one training; the lists have an entry for each validation."""
+
+    steps: list[int]
+    validation_loss: list[float]
+    seconds: list[float]
+    layer_tokens: list[int]
+    training_loss: list[float]  # of each step
+    graphs: int
 
 
-def table(runs: Mapping[str, Metrics], comparison: Mapping[str, float]) -> str:
-    """The runs side by side."""
-    rows = [("", *runs)]
-    rows.append(("validation loss", *(f"{run['validation'][-1][1]:.3f}" for run in runs.values())))
-    rows.append(("seconds, without compile", *(f"{clock(run)[-1]:.1f}" for run in runs.values())))
-    rows.append(
-        ("seconds in steps that compile", *(f"{sum(run['seconds']) - clock(run)[-1]:.1f}" for run in runs.values()))
-    )
-    rows.append(("layer tokens, millions", *(f"{run['layer_tokens'][-1] / 1e6:.2f}" for run in runs.values())))
-    rows.append(("graphs compiled", *(str(run["graphs"]) for run in runs.values())))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def realised_efficiency(dense: Result, routed: Result, ideal_seconds: float) -> float | None:
+    """The share of the possible saving that was realised; ``None`` where none is possible."""
+    possible = dense.seconds[-1] - ideal_seconds
+    return (dense.seconds[-1] - routed.seconds[-1]) / possible if possible > 0 else None
+
+
+def table(dense: Result, routed: Result, ideal_seconds: float) -> str:
+    """The comparison as text."""
+    efficiency = realised_efficiency(dense, routed, ideal_seconds)
+    share = routed.layer_tokens[-1] / dense.layer_tokens[-1]
+    rows = [
+        ("", "dense", "routed", "ideal"),
+        ("validation loss", f"{dense.validation_loss[-1]:.4f}", f"{routed.validation_loss[-1]:.4f}", ""),
+        ("wall-clock (s)", f"{dense.seconds[-1]:.1f}", f"{routed.seconds[-1]:.1f}", f"{ideal_seconds:.1f}"),
+        ("layer tokens", f"{dense.layer_tokens[-1]:,}", f"{routed.layer_tokens[-1]:,}", ""),
+        ("  of dense", "100%", f"{share:.0%}", ""),
+        ("graphs compiled", str(dense.graphs), str(routed.graphs), ""),
+        ("realised efficiency", "", "n/a" if efficiency is None else f"{efficiency:.2f}", "1.00"),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append("")
-    lines.append(f"layer tokens saved   {comparison['layer_tokens_saved']:6.1%}")
-    lines.append(
-        f"step time saved      {comparison['time_saved']:6.1%}  of {comparison['time_saved_ideal']:.1%} by FLOPs"
-    )
-    lines.append(f"realised efficiency  {comparison['realised_efficiency']:6.2f}  (saved / saved by FLOPs)")
-    return "\n".join(lines)
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([line.rstrip() for line in lines] + [_NOTES])
 
 
-def clock(run: Metrics) -> list[float]:
-    """Seconds of training up to each step, steps with a compilation left out."""
-    return list(
-        accumulate(
-            0.0 if compiled else second for second, compiled in zip(run["seconds"], run["compiled"], strict=True)
-        )
-    )
+_NOTES = """
+wall-clock: training steps only, without compilation and validation.
+ideal: dense, less what the routed layers take less on their first k tokens with no routing, measured while training.
+realised efficiency: (dense - routed) / (dense - ideal), in wall-clock."""
 
 
-def plot(runs: Mapping[str, Metrics], path: Path) -> None:
-    """Loss against wall-clock and against layer tokens, one line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for name, run in runs.items():
-        for axis, x in zip(axes, (clock(run), [tokens / 1e6 for tokens in run["layer_tokens"]]), strict=True):
-            (line,) = axis.plot(x, smooth(run["loss"]), label=f"{name}, training", alpha=0.45)
-            steps, losses = zip(*run["validation"], strict=True)
-            axis.plot(
-                [x[step - 1] for step in steps], losses, "o-", color=line.get_color(), label=f"{name}, validation"
-            )
-    axes[0].set(xlabel="seconds of training, without compile", ylabel="loss (nats per byte)")
-    axes[1].set(xlabel="layer tokens (millions)")
-    axes[0].legend()
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def plot(dense: Result, routed: Result, path: Path) -> None:
+    """Validation loss against wall-clock and against layer tokens."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_time, by_tokens = figure.subplots(1, 2, sharey=True)
+    for name, result in (("dense", dense), ("routed (random-LTD)", routed)):
+        by_time.plot(result.seconds, result.validation_loss, marker="o", label=name)
+        by_tokens.plot([tokens / 1e6 for tokens in result.layer_tokens], result.validation_loss, marker="o", label=name)
+    by_time.set(xlabel="wall-clock without compilation (s)", ylabel="validation loss (nats per byte)")
+    by_tokens.set(xlabel="layer tokens (millions)")
+    for axes in (by_time, by_tokens):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
 
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """An exponential moving average."""
-    return list(accumulate(values, lambda average, value: weight * average + (1 - weight) * value))
+def write_metrics(dense: Result, routed: Result, ideal: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """All numbers, as JSON."""
+    metrics = {
+        "settings": settings,
+        "torch": torch.__version__,
+        "dense": asdict(dense),
+        "routed": asdict(routed),
+        "ideal": ideal,
+        "realised_efficiency": realised_efficiency(dense, routed, ideal["seconds"]),
+    }
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="ascii")

@@ -1,256 +1,315 @@
-"""Train a small byte-level GPT on Python's standard library, dense and routed, and compare.
+"""Train a byte-level GPT on the source of Python's standard library twice, dense and routed (random-LTD).
 
-Both runs start from the same weights and see the same batches; both are compiled, layer by layer. Ctrl-C saves, and
-``--resume`` goes on exactly where it stopped.
-
-    python examples/train_gpt.py --help
+Both start from the same weights and see the same batches, in turns: a step of the one, then the same step of the other,
+so that whatever else slows the machine slows both. Ctrl-C saves and stops; --resume goes on, and ends with the same
+bits as a run without interruption (on the CPU; a GPU's kernels need not be deterministic).
 """
 
 import argparse
-import json
+import contextlib
+import copy
 import math
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ltd_fx
 import torch
 import torch.nn.functional as F
+from gpt import GPT, GPTConfig
+from options import make_scheduler, parse_options, settings
+from report import IdealTimer, Result, plot, table, write_metrics
+from text import read_standard_library, training_batch, validation_batches
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from tqdm import tqdm
 
-from data import batch, standard_library
-from gpt import GPT, VOCABULARY, GPTConfig
-from report import compare, ideal_share, plot, table
-
-PROMPT = b"def read_lines(path):\n"
-VALIDATION = 1_000_000  # numbers of the validation batches, out of the way of the training steps
+import ltd_fx
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    size = parser.add_argument_group("size")
-    size.add_argument("--layers", type=int, default=8)
-    size.add_argument("--width", type=int, default=192)
-    size.add_argument("--heads", type=int, default=6)
-    size.add_argument("--seq-len", type=int, default=256, help="bytes in a sequence")
-    size.add_argument("--batch-size", type=int, default=4, help="sequences in a batch")
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=400)
-    training.add_argument("--lr", type=float, default=2e-3, help="peak of a warm-up and cosine schedule")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--device", default="cpu")
-    training.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forward (autocast)"
-    )
-    schedule = parser.add_argument_group("reserved length")
-    schedule.add_argument("--min-length", type=int, default=64, help="at step 0")
-    schedule.add_argument(
-        "--dense-from", type=float, default=0.7, help="share of the steps until layers are dense again"
-    )
-    schedule.add_argument("--multiple-of", type=int, default=16)
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for everything this writes")
-    output.add_argument("--evaluations", type=int, default=5, help="validations in a run")
-    output.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    args = parser.parse_args()
-    for name in ("layers", "steps", "batch_size", "evaluations"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.width % (2 * args.heads):
-        parser.error("--width must be a multiple of twice --heads, for rotary positions")
-    if not 0 < args.dense_from <= 1:
-        parser.error("--dense-from must be in (0, 1]")
-    return args
+PROMPT = b"def "
 
 
 class Run:
-    """One of the two trainings: everything that a resume needs is in :meth:`state_dict`."""
+    """One of the two trainings: the model, what trains it, and what was measured.
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self.args = name, args
+    Attributes:
+        losses: training loss of each step.
+        seconds: wall-clock of each step.
+        validation: (step, loss) of each validation.
+
+    """
+
+    def __init__(self, args: argparse.Namespace, scheduler: ltd_fx.LTDScheduler | None) -> None:
         torch.manual_seed(args.seed)
-        self.model = GPT(GPTConfig(args.layers, args.width, args.heads, args.seq_len)).to(args.device).train()
-        self.scheduler: ltd_fx.LTDScheduler | None = None
-        if name == "routed":
-            self.scheduler = ltd_fx.LTDScheduler(
-                args.min_length,
-                args.seq_len,
-                max(1, round(args.dense_from * args.steps)),
-                multiple_of=args.multiple_of,
-                global_batch_size=args.batch_size,
-            )
-            ltd_fx.transform(self.model, self.scheduler, seed=args.seed)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        self.counter = CompileCounterWithBackend("inductor")
-        for block in self.model.blocks:  # identical layers share their graphs
-            block.compile(backend=self.counter, fullgraph=True)
-        self.metrics: dict[str, Any] = {
-            "loss": [], "seconds": [], "compiled": [], "layer_tokens": [], "validation": [], "graphs": 0
-        }  # fmt: skip
+        self.args = args
+        self.model = GPT(GPTConfig(args.layers, args.width, args.heads, args.seq)).to(args.device)
+        self.scheduler = scheduler
+        if scheduler is not None:
+            ltd_fx.transform(self.model, scheduler, seed=args.seed)
+        self.compiled = CompileCounterWithBackend("inductor")
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        if args.compile == "model":
+            self.forward = torch.compile(self.model, backend=self.compiled, fullgraph=True)
+        else:
+            for block in self.model.blocks:
+                block.compile(backend=self.compiled, fullgraph=True)
+        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.validation: list[tuple[int, float]] = []
 
-    @property
-    def step(self) -> int:
-        return len(self.metrics["loss"])
-
-    def train(self, train: Tensor, valid: Tensor, interrupted: Callable[[], bool]) -> None:
-        """Go on to the last step, or to the end of the step in which ``interrupted()`` turns true."""
-        args, metrics = self.args, self.metrics
-        every = math.ceil(args.steps / args.evaluations)
-        with tqdm(total=args.steps, initial=self.step, desc=self.name, unit="step", mininterval=1.0) as progress:
-            while self.step < args.steps and not interrupted():
-                started, graphs = time.perf_counter(), self.counter.frame_count
-                loss = self.train_step(train)
-                seconds = time.perf_counter() - started
-                metrics["graphs"] += self.counter.frame_count - graphs
-                metrics["compiled"].append(self.counter.frame_count > graphs)
-                metrics["seconds"].append(seconds)
-                metrics["loss"].append(loss)
-                metrics["layer_tokens"].append(self.layer_tokens())
-                if self.step % every == 0 or self.step == args.steps:
-                    metrics["validation"].append((self.step, self.validate(valid)))
-                speed = args.batch_size * args.seq_len / seconds
-                length = self.scheduler.reserved_length if self.scheduler else args.seq_len
-                progress.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", length=length, refresh=False)
-                progress.update()
-
-    def train_step(self, text: Tensor) -> float:
-        args = self.args
+    def step(self, batch: Tensor) -> None:
+        start = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * warm_up_and_cosine(self.step / args.steps)
-        inputs, targets = (
-            part.to(args.device) for part in batch(text, args.batch_size, args.seq_len, args.seed, self.step)
-        )
-        loss = self.loss(inputs, targets)
+            group["lr"] = learning_rate(len(self.losses), self.args)
+        loss = loss_of(self.forward, batch, self.args)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.scheduler:
+        if self.scheduler is not None:
             self.scheduler.step()
-        return loss.item()
+        self.losses.append(loss.item())  # waits for the device
+        self.seconds.append(time.perf_counter() - start)
 
-    def layer_tokens(self) -> int:
-        """Tokens times layers that they have been through."""
-        if self.scheduler:
-            return self.scheduler.consumed_layer_tokens
-        return self.step * self.args.batch_size * self.args.seq_len * self.args.layers
+    def warm_up(self, batch: Tensor) -> None:
+        """Compile before the clock starts, and leave no other trace.
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        dtype = getattr(torch, self.args.dtype)
-        with torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32):
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        The first step is the routed one, the last one dense. Inductor tunes a graph for the length it sees first: a
+        resumed run must begin with the same two to have the very same kernels.
+        """
+        before = copy.deepcopy(self.state_dict())
+        for step in (0, self.args.steps - 1):
+            if self.scheduler is not None:
+                self.scheduler.set_step(step)
+            self.step(batch)
+        self.load_state_dict(before)
 
-    @torch.no_grad()
-    def validate(self, text: Tensor, batches: int = 8) -> float:
-        """Mean loss over the same windows each time; eager, since a graph for evaluation would not pay here."""
-        args = self.args
-        self.model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            losses = [
-                self.loss(
-                    *(part.to(args.device) for part in batch(text, 16, args.seq_len, args.seed, VALIDATION + i))
-                ).item()
-                for i in range(batches)
-            ]
-        self.model.train()
-        return sum(losses) / len(losses)
+    def validate(self, batches: list[Tensor]) -> float:
+        self.validation.append((len(self.losses), validation_loss(self.model, batches, self.args)))
+        return self.validation[-1][1]
+
+    def layer_tokens(self, steps: int) -> int:
+        if self.scheduler is not None:
+            return self.scheduler.total_layer_tokens(steps)
+        return steps * self.args.batch * self.args.seq * self.args.layers
+
+    def result(self) -> Result:
+        steps = [step for step, _ in self.validation]
+        return Result(
+            steps=steps,
+            validation_loss=[loss for _, loss in self.validation],
+            seconds=[sum(self.seconds[:step]) for step in steps],
+            layer_tokens=[self.layer_tokens(step) for step in steps],
+            training_loss=self.losses,
+            graphs=self.compiled.frame_count,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**{name: part.state_dict() for name, part in self.parts().items()}, "metrics": self.metrics}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "validation": self.validation,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        self.metrics = state["metrics"]
-
-    def parts(self) -> dict[str, Any]:
-        scheduler = {"scheduler": self.scheduler} if self.scheduler else {}
-        return {"model": self.model, "optimizer": self.optimizer, **scheduler}
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.losses, self.seconds, self.validation = state["losses"], state["seconds"], state["validation"]
 
 
-def warm_up_and_cosine(share: float, warm_up: float = 0.05) -> float:
-    """The learning rate at ``share`` of the steps, as a share of its peak; a tenth of it at the end."""
-    if share < warm_up:
-        return (share + 1e-3) / warm_up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then half a cosine down to a tenth: a function of the step, with no state to save."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(args.steps - args.warmup, 1)
+    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def save(path: Path, contents: Any) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(contents, temporary)
-    os.replace(temporary, path)
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """What must not differ between a run and its resume."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
+def loss_of(forward: Callable[[Tensor], Tensor], batch: Tensor, args: argparse.Namespace) -> Tensor:
+    """Mean cross-entropy of the next byte."""
+    batch = batch.to(args.device)
+    with autocast(args):
+        logits = forward(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, batches: list[Tensor], args: argparse.Namespace) -> float:
+    """Mean over ``batches``, in eval mode; not compiled, so that the graphs counted are those of training."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        losses = [loss_of(model, batch, args).item() for batch in batches]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C only sets the event: a step is never cut in half. The second one works as usual."""
+    interrupted = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Comparison:
+    """Both trainings and the timing of the ideal one, step by step.
+
+    Args:
+        args: the options.
+        training_text: bytes to draw batches from.
+        validation_text: bytes to validate on.
+
+    """
+
+    def __init__(self, args: argparse.Namespace, training_text: Tensor, validation_text: Tensor) -> None:
+        self.args = args
+        self.text = training_text
+        self.validation = validation_batches(validation_text, args.eval_batches, size=args.batch, length=args.seq)
+        self.corpus = zlib.crc32(validation_text.numpy(), zlib.crc32(training_text.numpy()))
+        scheduler = make_scheduler(args)
+        self.dense, self.routed = Run(args, None), Run(args, scheduler)
+        self.lengths = [scheduler.length_at(step) for step in range(args.steps)]
+        self.ideal = IdealTimer(self.dense.model, args.batch, sorted({*self.lengths, args.seq}))
+
+    def batch(self, step: int) -> Tensor:
+        return training_batch(self.text, step, seed=self.args.seed, size=self.args.batch, length=self.args.seq)
+
+    def warm_up(self) -> None:
+        """Compile everything, and leave no other trace."""
+        self.dense.warm_up(self.batch(0))
+        self.routed.warm_up(self.batch(0))
+        self.ideal.measure()
+        self.ideal.clear()
+
+    def train(self) -> None:
+        """Go on to the last step, or exit at the first Ctrl-C; either way a checkpoint is left behind."""
+        steps, first = self.args.steps, len(self.dense.losses)
+        layout = "{n}/{total} |{bar:24}| {elapsed}, ETA {remaining}{postfix}"
+        with (
+            deferred_interrupt() as interrupted,
+            tqdm(total=steps, initial=first, bar_format=layout, ascii=True, disable=None, dynamic_ncols=True) as bar,
+        ):  # disable=None: no bar where there is no terminal
+            for step in range(first, steps):
+                batch = self.batch(step)
+                self.dense.step(batch)
+                self.routed.step(batch)
+                status = self.status(step)
+                bar.set_postfix_str(status, refresh=False)
+                bar.update()
+                done = step + 1
+                due = done % self.args.eval_every == 0 or done == steps
+                if due:
+                    losses = [run.validate(self.validation) for run in (self.dense, self.routed)]
+                    with autocast(self.args):
+                        self.ideal.measure()
+                    bar.write(f"{done:5}/{steps}, {status}, validation loss {losses[0]:.3f} | {losses[1]:.3f}")
+                if due or interrupted.is_set():
+                    self.save()
+                if interrupted.is_set():
+                    bar.close()
+                    sys.exit(f"interrupted after step {done}; add --resume to the same command to go on")
+
+    def status(self, step: int) -> str:
+        """One line on ``step``: dense | routed, and the reserved length."""
+        pair = self.dense, self.routed
+        tokens = self.args.batch * self.args.seq
+        losses = " | ".join(f"{run.losses[-1]:.3f}" for run in pair)
+        speeds = " | ".join(f"{tokens / run.seconds[-1]:,.0f}" for run in pair)
+        return f"loss {losses}, tokens/s {speeds}, length {self.lengths[step]}"
+
+    def ideal_seconds(self) -> float:
+        """What the routed training would have taken had routing cost nothing."""
+        return sum(self.dense.seconds) - sum(map(self.ideal.saved, self.lengths))
+
+    def save(self) -> None:
+        """Write the checkpoint: the old one stays until the new one is complete."""
+        state = {
+            "settings": settings(self.args),
+            "corpus": self.corpus,
+            "dense": self.dense.state_dict(),
+            "routed": self.routed.state_dict(),
+            "ideal": self.ideal.seconds,
+        }
+        path = self.args.out / "checkpoint.pt"
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, state: dict[str, Any]) -> None:
+        if state["corpus"] != self.corpus:
+            sys.exit(
+                "--resume: the run was trained on another Python version's standard library; resume it with that one"
+            )
+        self.dense.load_state_dict(state["dense"])
+        self.routed.load_state_dict(state["routed"])
+        self.ideal.seconds = state["ideal"]
 
 
 def main() -> None:
-    args = parse()
+    args, checkpoint = parse_options(__doc__)
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / "checkpoint.pt"
-    runs = {name: Run(name, args) for name in ("dense", "routed")}
-    if args.resume:
-        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        changed = [name for name, value in configuration(args).items() if saved["configuration"].get(name) != value]
-        if changed:
-            raise SystemExit(f"{checkpoint} was written with other settings: --{changed[0].replace('_', '-')} differs")
-        for name, run in runs.items():
-            run.load_state_dict(saved[name])
-    print(ltd_fx.summary(runs["routed"].model), end="\n\n")
-    texts = standard_library()
-    interrupted = stop_at_the_end_of_the_step()
-    for run in runs.values():
-        run.train(*texts, interrupted)
-        save(checkpoint, {"configuration": configuration(args), **{n: r.state_dict() for n, r in runs.items()}})
-        if interrupted():
-            raise SystemExit(f"\nsaved {checkpoint}; go on with --resume")
-    finish(runs, args)
+    training_text, validation_text = read_standard_library()
+    comparison = Comparison(args, training_text, validation_text)
+    dense, routed = comparison.dense, comparison.routed
+    parameters = sum(p.numel() for p in dense.model.parameters())
+    print(f"{parameters / 1e6:.2f}M parameters; {len(training_text) / 1e6:.1f} MB of Python to train on")
+    print(ltd_fx.summary(routed.model))
 
+    print("compiling ...", flush=True)
+    start = time.perf_counter()
+    comparison.warm_up()
+    print(f"compiled in {time.perf_counter() - start:.0f} s; below: dense | routed", flush=True)
+    if checkpoint is not None:
+        comparison.load(checkpoint)
+    comparison.train()
 
-def stop_at_the_end_of_the_step() -> Callable[[], bool]:
-    """Ctrl-C asks, rather than cuts a step in two; a second one cuts."""
-    asked: list[int] = []
+    results = dense.result(), routed.result()
+    ideal_seconds = comparison.ideal_seconds()
+    print("\n" + table(*results, ideal_seconds))
+    plot(*results, args.out / "loss.png")
+    ideal = {"seconds": ideal_seconds, "measured": comparison.ideal.seconds}
+    write_metrics(*results, ideal, settings(args), args.out / "metrics.json")
+    ltd_fx.save_clean(routed.model, args.out / "model.safetensors")
 
-    def ask(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    signal.signal(signal.SIGINT, ask)
-    return lambda: bool(asked)
-
-
-def finish(runs: dict[str, Run], args: argparse.Namespace) -> None:
-    """The table, the files, and a sample from the exported weights."""
-    metrics = {name: run.metrics for name, run in runs.items()}
-    scheduler = runs["routed"].scheduler
-    shares = [
-        ideal_share(args.layers, args.width, VOCABULARY, args.seq_len, scheduler.length_at(step))
-        for step in range(args.steps)
-    ]
-    comparison = compare(metrics["dense"], metrics["routed"], shares)
-    print("\n" + table(metrics, comparison))
-    (args.out / "metrics.json").write_text(json.dumps({"comparison": comparison, **metrics}))
-    plot(metrics, args.out / "loss.png")
-
-    weights = args.out / "model.safetensors"
-    ltd_fx.save_clean(runs["routed"].model, weights)
-    plain = GPT(GPTConfig(**asdict(runs["routed"].model.config)))  # never transformed
-    ltd_fx.load_clean(plain.eval(), weights)
-    print(f"\nfrom {weights}, loaded into an untransformed model:\n")
-    print(plain.generate(PROMPT, 200).decode(errors="replace"))
-    print(f"\nwrote {', '.join(name for name in ('loss.png', 'metrics.json', 'model.safetensors'))} to {args.out}/")
+    plain = GPT(routed.model.config).to(args.device).eval()  # never transformed
+    ltd_fx.load_clean(plain, args.out / "model.safetensors")
+    loss = validation_loss(plain, comparison.validation, args)
+    print(
+        f"\n{args.out / 'model.safetensors'}, loaded into an untransformed GPT: validation loss {loss:.4f}; it writes"
+    )
+    print(plain.generate(PROMPT, 300).decode("ascii", "backslashreplace"))
+    print(f"\nwritten to {args.out}: loss.png, metrics.json, model.safetensors, checkpoint.pt")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on from the last checkpoint, if there is one")

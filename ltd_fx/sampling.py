@@ -19,7 +19,7 @@ _TOKEN_BITS = 30
 
 
 def draw_key(seed: int, step: int) -> int:
-    """The 64-bit key of the first forward of ``step``, as a signed integer; later forwards of the step add one each.
+    """The key of the first forward of ``step``, in [0, 2**62); later forwards of the step add one each.
 
     SplitMix64's finaliser (Steele, Lea and Flood 2014) over the two words.
     """
@@ -29,7 +29,7 @@ def draw_key(seed: int, step: int) -> int:
         word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         word ^= word >> 31
-    return word - 2**64 if word >= 2**63 else word
+    return word >> 2
 
 
 def _mix(x: Tensor) -> Tensor:

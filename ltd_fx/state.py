@@ -27,6 +27,7 @@ class Forward(NamedTuple):
     key: Tensor
     length: int | None
     inputs: Any
+    grad: bool
 
     def keep(self, seq_len: int) -> int:
         return half(seq_len) if self.length is None else self.length
@@ -88,7 +89,7 @@ class RouteState:
 
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         length = None if self.scheduler is None else self.scheduler.reserved_length
-        self.last = Forward(self.key, length, describe(args, kwargs))
+        self.last = Forward(self.key, length, describe(args, kwargs), torch.is_grad_enabled())
 
     def keep(self, seq_len: int) -> int:
         """The reserved length for sequences of ``seq_len`` tokens."""
@@ -101,12 +102,13 @@ class RouteState:
         be that of the original forward. It is, unless another forward came between; then nothing tells the two apart.
         """
         recomputing = torch._C._current_graph_task_id() != -1
-        now = (self.key, self._step)
         if not recomputing:
+            if self.last is not None and self.last.key is self.key and not self.last.grad:
+                return  # no backward will follow
             before = self._recomputable
             if before is None or before[0] is not self.key:
                 self._ambiguous = before is not None and before[1] == self._step
-                self._recomputable = now
+                self._recomputable = (self.key, self._step)
         elif self._recomputable is None or self._recomputable[0] is not self.key or self._ambiguous:
             raise LTDError(
                 "ltd_fx: activation checkpointing recomputes a routed layer, but the model ran another training "

@@ -125,7 +125,7 @@ def test_samples_have_no_gradient():
 @MEMORY
 @LAYOUTS
 def test_opcheck(batch_first, memory):
-    hidden, indices, kept = inputs(2, 5, 3, 2, batch_first, memory=memory, grad=True)
+    hidden, indices, kept = inputs(2, 5, 3, 4, batch_first, memory=memory, grad=True)
     torch.library.opcheck(gather_tokens.default, (hidden, indices, batch_first))
     torch.library.opcheck(scatter_tokens.default, (hidden, indices, kept, batch_first))
 
@@ -153,8 +153,8 @@ def mapped(tensors, in_dims, size):
     ids=str,
 )
 def test_vmap_is_a_loop(op, in_dims, batch_first):
-    hidden, _, kept = inputs(2, 8, 4, 2, batch_first)
-    tensors = mapped([hidden, subsets(2, 6, 2), kept][: len(in_dims)], in_dims, 3)
+    hidden, _, kept = inputs(2, 8, 4, 3, batch_first)
+    tensors = mapped([hidden, subsets(2, 6, 3), kept][: len(in_dims)], in_dims, 3)
     op = functools.partial(op, batch_first=batch_first)
     assert torch.equal(torch.vmap(op, in_dims, out_dims=2)(*tensors), looped(op, in_dims, *tensors).movedim(0, 2))
 

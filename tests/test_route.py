@@ -49,7 +49,7 @@ def plain(hidden, indices, weight, batch_first):
 
 
 def with_residual(function):
-    return lambda hidden, *args: (hidden + 0.5 * function(hidden * 2, *args)) / 3
+    return lambda hidden, *args: hidden + function(hidden, *args)
 
 
 @LAYOUTS
@@ -151,7 +151,7 @@ def test_backward_is_one_gather_and_one_scatter():
 @LAYOUTS
 def test_incoming_gradients_and_inputs_are_left_as_they_were(batch_first):
     hidden = hidden_of(batch_first)
-    out = with_residual(routed)(hidden, INDICES, randn(DIM, DIM, seed=1), batch_first)
+    out = routed(hidden, INDICES, randn(DIM, DIM, seed=1), batch_first)
     tensors = [hidden.detach(), out.detach(), torch.ones_like(out)]
     before = [tensor.clone() for tensor in tensors]
     torch.autograd.grad(out, hidden, tensors[-1])
