@@ -30,14 +30,14 @@ def align(draw: Draw | None, value: Any, name: str, dims: tuple[int, ...]) -> An
     if draw is None or value is None or not dims:
         return value
     if isinstance(value, (tuple, list)):
-        return type(value)([align(draw, item, name, dims) for item in value])
+        return like(value, [align(draw, item, name, dims) for item in value])
     if not isinstance(value, Tensor):
         raise LTDError(
             f"ltd_fx: {draw.site.name}: argument {name!r} is a {type(value).__name__}, and only tensors (or tuples of "
             "them) can follow the tokens; register a LayerPattern whose entry for it is a callable (draw, value)"
         )
     for dim in dims:
-        if dim >= value.ndim or value.shape[dim] not in (1, draw.seq_len):
+        if not 0 <= dim < value.ndim or value.shape[dim] not in (1, draw.seq_len):
             raise LTDError(
                 f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)} must have the sequence "
                 f"length {draw.seq_len} (or 1) in dimension {dim}; correct `aligned` in the layer's LayerPattern"
@@ -52,6 +52,11 @@ def align(draw: Draw | None, value: Any, name: str, dims: tuple[int, ...]) -> An
     if not dims:
         return value
     return _gather_table(draw.indices, value, dims) if unbatched else _gather_batched(draw.indices, value, dims)
+
+
+def like(sequence: Any, items: list[Any]) -> Any:
+    """``items`` as the kind of list, tuple or named tuple that ``sequence`` is."""
+    return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
 
 
 def _gather_table(indices: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:

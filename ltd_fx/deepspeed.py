@@ -65,6 +65,7 @@ class RandomLayerTokenDrop(nn.Module):
         """
         if isinstance(self.random_ltd_layer, RoutedLayer):
             raise LTDError(f"ltd_fx.deepspeed: layer {random_ltd_layer_id} is configured already")
+        _check_free(scheduler)
         pattern = _pattern(self.random_ltd_layer, config)
         layer_class = type(self.random_ltd_layer)
         routed = routed_class(layer_class, layer_class, pattern)
@@ -88,9 +89,12 @@ def _shared_state(scheduler: LTDScheduler, config: Mapping[str, Any]) -> RouteSt
         dense = config.get("total_layer_num", routed) - routed
         state = _WrapperState(scheduler, seed=0, shared=False, routed=routed, dense=dense)
         scheduler._attach(state)
-    elif not isinstance(state, _WrapperState):
-        raise LTDError("ltd_fx.deepspeed: the scheduler drives a transformed model; give the wrappers one of their own")
     return state
+
+
+def _check_free(scheduler: LTDScheduler) -> None:
+    if scheduler.attached and not isinstance(scheduler._state, _WrapperState):
+        raise LTDError("ltd_fx.deepspeed: the scheduler drives a transformed model; give the wrappers one of their own")
 
 
 def _pattern(layer: nn.Module, config: Mapping[str, Any]) -> LayerPattern:
@@ -106,6 +110,10 @@ def _pattern(layer: nn.Module, config: Mapping[str, Any]) -> LayerPattern:
     if pattern is None:
         hidden = next(iter(forward_signature(type(layer)).parameters))
         mask = config.get("model_mask_name")
+        if mask is not None and mask not in forward_signature(type(layer)).parameters:
+            raise LTDError(
+                f"ltd_fx.deepspeed: {type(layer).__name__} has no argument {mask!r}; correct model_mask_name"
+            )
         aligned = {} if mask is None else {mask: align_attention_mask}
         return LayerPattern(hidden=hidden, aligned=aligned, batch_first=_ORDERS[order])
     if pattern.batch_first != _ORDERS[order]:
@@ -140,6 +148,8 @@ def convert_to_random_ltd(
     """
     inner = _unwrapped(model)
     names = find_layers(inner, layer_class)
+    if any(_COMPONENT in name.split(".") for name in names):
+        raise LTDError(f"ltd_fx.deepspeed: {names[0]} is converted already")
     config = dict(config or {})
     ids = config.get("random_ltd_layer_id", list(range(1, len(names) - 1)))
     wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < len(names)]
@@ -148,6 +158,7 @@ def convert_to_random_ltd(
             f"ltd_fx.deepspeed: random_ltd_layer_id has {wrong[0]!r}, but the layers are 0 to {len(names) - 1}"
         )
     if scheduler is not None:
+        _check_free(scheduler)
         for name in names:
             _pattern(inner.get_submodule(name), config)
         config.setdefault("random_ltd_layer_num", len(ids))
@@ -173,8 +184,8 @@ def save_without_random_ltd(model: nn.Module) -> dict[str, Any]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else model
+    """What a wrapper holds as its only child ``module``, as DDP and DeepSpeed's engine do."""
+    return model.get_submodule("module") if list(model._modules) == ["module"] else model
 
 
 def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) ->
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     if not hidden.is_contiguous():
-        return _gather_by_indexing(hidden, indices, batch_first)
+        return _gather_by_indexing(hidden, indices, batch_first).contiguous()
     rows = _flat_rows(indices, seq_len, batch_first)
     shape = indices.shape if batch_first else indices.T.shape
     return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
@@ -237,7 +237,7 @@ def register_inductor_decompositions() -> None:
 
     Not done on import: it loads Inductor, which ``import ltd_fx`` must not.
     """
-    from torch._inductor.decomposition import decompositions, register_decomposition
+    from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
 
     ops = torch.ops.ltd_fx
     if ops.gather_tokens.default in decompositions:
@@ -247,3 +247,4 @@ def register_inductor_decompositions() -> None:
     )
     register_decomposition([ops.gather_tokens.default])(_gather_by_indexing)
     register_decomposition([ops.scatter_tokens.default])(_scatter_by_indexing)
+    fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltd_fx.align import like
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 
@@ -97,4 +98,4 @@ def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None,
                 "from the kept tokens only; switch that output (attention weights?) off in training"
             )
     merged = merge_tokens(rest, indices, output[slot].to(rest.dtype), batch_first)
-    return type(output)([*output[:slot], merged, *output[slot + 1 :]])
+    return like(output, [*output[:slot], merged, *output[slot + 1 :]])

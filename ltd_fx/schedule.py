@@ -101,7 +101,7 @@ class LTDScheduler:
             return self.max_length
         else:
             share = _CURVES[self.kind](step / self.total_steps, self.degree)
-            length = math.floor(share * span + self.min_length)
+            length = math.floor(share * span + self.min_length + 1e-9)  # half of the way is not a rounding error less
         multiple = self.multiple_of
         least = -(-self.min_length // multiple) * multiple
         return min(max(length - length % multiple, least), self.max_length)
@@ -188,8 +188,10 @@ class LTDScheduler:
         expected = {"config", "step", "draws"}
         if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
             raise LTDError(f"LTDScheduler: a state_dict has the entries {sorted(expected)}, got {state_dict!r}")
-        ours = self._config()
-        theirs = dict(state_dict["config"])
+        if not isinstance(state_dict["config"], Mapping):
+            raise LTDError(f"LTDScheduler: the state_dict's config is not a mapping: {state_dict['config']!r}")
+        _integer("step", state_dict["step"], 0)
+        ours, theirs = self._config(), state_dict["config"]
         for field in sorted(ours.keys() | theirs.keys()):
             if ours.get(field) != theirs.get(field):
                 raise LTDError(
@@ -204,6 +206,12 @@ class LTDScheduler:
         self.set_step(state_dict["step"])
         if draws is not None and self._state is not None:
             self._state.resume(draws)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LTDScheduler":
+        """A scheduler at the same step that drives no model: two would contend for one model's draws."""
+        other = object.__new__(type(self))
+        other.__setstate__({**self.__getstate__(), "_state": None})
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_length"}

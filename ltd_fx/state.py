@@ -125,7 +125,13 @@ class RouteState:
         """Where in the sequence of draws the model is: plain integers (reads the key back from its device)."""
         return {"seed": self.seed, "forward": int(self.key) - draw_key(self.seed, self._step)}
 
-    def check_position(self, position: Mapping[str, int]) -> None:
+    def check_position(self, position: Any) -> None:
+        """Raise :class:`LTDError` unless ``position`` is one of this state's."""
+        fields = position if isinstance(position, Mapping) else {}
+        if fields.keys() != {"seed", "forward"} or not all(isinstance(value, int) for value in fields.values()):
+            raise LTDError(
+                f"LTDScheduler: the state_dict's draws must hold the integers seed and forward: {position!r}"
+            )
         if position["seed"] != self.seed:
             raise LTDError(
                 f"LTDScheduler: the state_dict was drawn with seed={position['seed']}, the model was transformed with "

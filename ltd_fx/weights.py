@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 
+_ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, DeepSpeed's random-LTD.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "random_ltd_layer"))
 
@@ -29,10 +30,10 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
     """
     if isinstance(model_or_state_dict, nn.Module):
         return without_components(_unwrapped(model_or_state_dict).state_dict(), _WRAPPERS)
-    state = dict(model_or_state_dict)
-    while state and all(key.startswith("module.") for key in map(_strip, state)):
-        state = {_strip(key).removeprefix("module."): value for key, value in state.items()}
-    return without_components(state, _WRAPPERS)
+    names = [_strip(key) for key in model_or_state_dict]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return _renamed(model_or_state_dict, names)
 
 
 def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -47,6 +48,9 @@ def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state = clean_state_dict(model)
+    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if _is_safetensors(path) and other is not None:
+        raise LTDError(f"ltd_fx.save_clean: {other!r} is no tensor, which safetensors cannot hold; save to a .pt file")
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
@@ -55,14 +59,14 @@ def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         if _is_safetensors(path):
             tensors, aliases = _without_aliases(state)
-            save_file(tensors, name, metadata={"format": "pt", **aliases})
+            save_file(tensors, name, metadata={"format": "pt", **{_ALIAS + key: kept for key, kept in aliases.items()}})
         else:
             torch.save(state, name)
         os.chmod(name, 0o666 & ~_umask())
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save on a full disk: RuntimeError
         raise LTDError(f"ltd_fx.save_clean: {path} cannot be written: {error}") from error
     finally:
         Path(name).unlink(missing_ok=True)
@@ -80,6 +84,8 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
         loaded = _load_safetensors(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         raise LTDError(f"ltd_fx.load_clean: {path} cannot be read: {error}") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise LTDError(f"ltd_fx.load_clean: {path} holds no weights; it must be a mapping from names to tensors")
     model = _unwrapped(model)
     names = {_strip(name): name for name in model.state_dict()}
     missing, unexpected = sorted(names.keys() - loaded.keys()), sorted(loaded.keys() - names.keys())
@@ -113,14 +119,16 @@ def without_components(state: Mapping[str, Any], components: frozenset[str]) -> 
         LTDError: two keys become the same.
 
     """
-    clean: dict[str, Any] = {}
+    return _renamed(state, [_strip(key, components) for key in state])
+
+
+def _renamed(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     origin: dict[str, str] = {}
-    for key, value in state.items():
-        name = _strip(key, components)
-        if name in clean:
+    for key, name in zip(state, names, strict=True):
+        if name in origin:
             raise LTDError(f"ltd_fx: {origin[name]!r} and {key!r} both become {name!r}; rename or drop one of them")
-        clean[name], origin[name] = value, key
-    return clean
+        origin[name] = key
+    return {name: state[key] for name, key in origin.items()}
 
 
 def _strip(key: str, components: frozenset[str] = _WRAPPERS) -> str:
@@ -132,29 +140,26 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
+    storages: set[Any] = set()
     for name, tensor in state.items():
         storage = tensor.untyped_storage()
-        identity = (
-            tensor.device,
-            storage.data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
+        memory = (tensor.device, storage.data_ptr())
+        identity = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:
             aliases[name] = seen[identity]
             continue
         seen[identity] = name
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
-        tensors[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+        alone = memory not in storages and tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        storages.add(memory)
+        tensors[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        aliases = {name: kept for name, kept in (file.metadata() or {}).items() if name != "format"}
+        metadata = file.metadata() or {}
+    aliases = {key.removeprefix(_ALIAS): kept for key, kept in metadata.items() if key.startswith(_ALIAS)}
     return {**loaded, **{name: loaded[kept] for name, kept in aliases.items()}}
 
 
