@@ -7,159 +7,27 @@ bits as a run without interruption (on the CPU; a GPU's kernels need not be dete
 
 import argparse
 import contextlib
-import copy
-import math
 import os
 import signal
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+import data
 import torch
-import torch.nn.functional as F
-from gpt import GPT, GPTConfig
+from gpt import GPT
 from options import make_scheduler, parse_options, settings
-from report import IdealTimer, Result, plot, table, write_metrics
-from text import read_standard_library, training_batch, validation_batches
+from report import IdealTimer, plot, table, write_metrics
+from run import Batch, Run, autocast, validation_loss
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from tqdm import tqdm
 
 import ltd_fx
 
-
 PROMPT = b"def "
-
-
-class Run:
-    """One of the two trainings: the model, what trains it, and what was measured.
-
-    Attributes:
-        losses: training loss of each step.
-        seconds: wall-clock of each step.
-        validation: (step, loss) of each validation.
-
-    """
-
-    def __init__(self, args: argparse.Namespace, scheduler: ltd_fx.LTDScheduler | None) -> None:
-        torch.manual_seed(args.seed)
-        self.args = args
-        self.model = GPT(GPTConfig(args.layers, args.width, args.heads, args.seq)).to(args.device)
-        self.scheduler = scheduler
-        if scheduler is not None:
-            ltd_fx.transform(self.model, scheduler, seed=args.seed)
-        self.compiled = CompileCounterWithBackend("inductor")
-        self.forward: Callable[[Tensor], Tensor] = self.model
-        if args.compile == "model":
-            self.forward = torch.compile(self.model, backend=self.compiled, fullgraph=True)
-        else:
-            for block in self.model.blocks:
-                block.compile(backend=self.compiled, fullgraph=True)
-        matrices = [p for p in self.model.parameters() if p.ndim == 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.validation: list[tuple[int, float]] = []
-
-    def step(self, batch: Tensor) -> None:
-        start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(len(self.losses), self.args)
-        loss = loss_of(self.forward, batch, self.args)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.losses.append(loss.item())  # waits for the device
-        self.seconds.append(time.perf_counter() - start)
-
-    def warm_up(self, batch: Tensor) -> None:
-        """Compile before the clock starts, and leave no other trace.
-
-        The first step is the routed one, the last one dense. Inductor tunes a graph for the length it sees first: a
-        resumed run must begin with the same two to have the very same kernels.
-        """
-        before = copy.deepcopy(self.state_dict())
-        for step in (0, self.args.steps - 1):
-            if self.scheduler is not None:
-                self.scheduler.set_step(step)
-            self.step(batch)
-        self.load_state_dict(before)
-
-    def validate(self, batches: list[Tensor]) -> float:
-        self.validation.append((len(self.losses), validation_loss(self.model, batches, self.args)))
-        return self.validation[-1][1]
-
-    def layer_tokens(self, steps: int) -> int:
-        if self.scheduler is not None:
-            return self.scheduler.total_layer_tokens(steps)
-        return steps * self.args.batch * self.args.seq * self.args.layers
-
-    def result(self) -> Result:
-        steps = [step for step, _ in self.validation]
-        return Result(
-            steps=steps,
-            validation_loss=[loss for _, loss in self.validation],
-            seconds=[sum(self.seconds[:step]) for step in steps],
-            layer_tokens=[self.layer_tokens(step) for step in steps],
-            training_loss=self.losses,
-            graphs=self.compiled.frame_count,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "losses": self.losses,
-            "seconds": self.seconds,
-            "validation": self.validation,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.losses, self.seconds, self.validation = state["losses"], state["seconds"], state["validation"]
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then half a cosine down to a tenth: a function of the step, with no state to save."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(args.steps - args.warmup, 1)
-    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-def loss_of(forward: Callable[[Tensor], Tensor], batch: Tensor, args: argparse.Namespace) -> Tensor:
-    """Mean cross-entropy of the next byte."""
-    batch = batch.to(args.device)
-    with autocast(args):
-        logits = forward(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-
-
-@torch.no_grad()
-def validation_loss(model: GPT, batches: list[Tensor], args: argparse.Namespace) -> float:
-    """Mean over ``batches``, in eval mode; not compiled, so that the graphs counted are those of training."""
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        losses = [loss_of(model, batch, args).item() for batch in batches]
-    model.train()
-    return sum(losses) / len(losses)
 
 
 @contextlib.contextmanager
@@ -191,20 +59,22 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, training_text: Tensor, validation_text: Tensor) -> None:
         self.args = args
         self.text = training_text
-        self.validation = validation_batches(validation_text, args.eval_batches, size=args.batch, length=args.seq)
+        self.validation = [self.batch(validation_text, number) for number in range(args.eval_batches)]
         self.corpus = zlib.crc32(validation_text.numpy(), zlib.crc32(training_text.numpy()))
         scheduler = make_scheduler(args)
         self.dense, self.routed = Run(args, None), Run(args, scheduler)
         self.lengths = [scheduler.length_at(step) for step in range(args.steps)]
         self.ideal = IdealTimer(self.dense.model, args.batch, sorted({*self.lengths, args.seq}))
 
-    def batch(self, step: int) -> Tensor:
-        return training_batch(self.text, step, seed=self.args.seed, size=self.args.batch, length=self.args.seq)
+    def batch(self, text: Tensor, number: int) -> Batch:
+        inputs, targets = data.batch(text, self.args.batch, self.args.seq, self.args.seed, number)
+        return inputs.to(self.args.device), targets.to(self.args.device)
 
     def warm_up(self) -> None:
         """Compile everything, and leave no other trace."""
-        self.dense.warm_up(self.batch(0))
-        self.routed.warm_up(self.batch(0))
+        first = self.batch(self.text, 0)
+        self.dense.warm_up(first)
+        self.routed.warm_up(first)
         self.ideal.measure()
         self.ideal.clear()
 
@@ -217,9 +87,9 @@ class Comparison:
             tqdm(total=steps, initial=first, bar_format=layout, ascii=True, disable=None, dynamic_ncols=True) as bar,
         ):  # disable=None: no bar where there is no terminal
             for step in range(first, steps):
-                batch = self.batch(step)
-                self.dense.step(batch)
-                self.routed.step(batch)
+                tokens = self.batch(self.text, step)
+                self.dense.step(tokens)
+                self.routed.step(tokens)
                 status = self.status(step)
                 bar.set_postfix_str(status, refresh=False)
                 bar.update()
@@ -275,7 +145,7 @@ class Comparison:
 def main() -> None:
     args, checkpoint = parse_options(__doc__)
     args.out.mkdir(parents=True, exist_ok=True)
-    training_text, validation_text = read_standard_library()
+    training_text, validation_text = data.standard_library()
     comparison = Comparison(args, training_text, validation_text)
     dense, routed = comparison.dense, comparison.routed
     parameters = sum(p.numel() for p in dense.model.parameters())
