@@ -59,14 +59,14 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     model.add_argument("--batch", type=_integer(1), default=4, help="sequences per step")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_integer(1), default=320, help="training steps")
+    training.add_argument("--steps", type=_integer(1), default=240, help="training steps")
     training.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     training.add_argument(
         "--warmup", type=_integer(0), default=20, help="steps of linear warm-up; cosine decay follows"
     )
     training.add_argument("--seed", type=_integer(0), default=0, help="of the weights, the batches and the kept tokens")
     training.add_argument(
-        "--eval-every", type=_integer(1), default=40, help="steps between validations (and checkpoints)"
+        "--eval-every", type=_integer(1), default=30, help="steps between validations (and checkpoints)"
     )
     training.add_argument("--eval-batches", type=_integer(1), default=8, help="batches in a validation")
 
