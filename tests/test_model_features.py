@@ -86,7 +86,7 @@ def test_autocast_and_half_precision_keep_the_streams_dtype(llama: Case) -> None
     loss_of(half(**text())).backward()
 
 
-def test_forward_hooks_of_users_and_layer_to_follow(llama: Case) -> None:
+def test_forward_hooks_see_the_kept_tokens_and_casts_are_followed(llama: Case) -> None:
     model = ltd_fx.transform(llama.model(), LTDScheduler(9, SEQ, 10))
     seen = []
     model.model.layers[1].register_forward_hook(lambda layer, args, out: seen.append((args[0].shape, out.shape)))
