@@ -80,13 +80,6 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     execution.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is by autocast"
     )
-    execution.add_argument(
-        "--compile",
-        choices=("layers", "model"),
-        default="layers",
-        help="what torch.compile(fullgraph=True) is applied to: each layer, where equal layers share their graphs, or "
-        "the whole model, which takes several times longer to compile",
-    )
 
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for everything that is written")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class IdealTimer:
 
     def saved(self, length: int) -> float:
         """Seconds per step that ``length`` tokens take less than all."""
-        means = [fmean(seconds) for seconds in self.seconds.values()]
-        return means[-1] - float(np.interp(length, list(self.seconds), means))
+        usual = [median(seconds) for seconds in self.seconds.values()]
+        return usual[-1] - float(np.interp(length, list(self.seconds), usual))
 
     def _time(self, length: int) -> float:
         hidden = self.hidden[:, :length].clone().requires_grad_()
@@ -107,7 +107,7 @@ def table(dense: Result, routed: Result, ideal_seconds: float) -> str:
 _NOTES = """
 wall-clock: training steps only, without compilation and validation.
 ideal: dense, less what the routed layers take less on their first k tokens with no routing, measured while training.
-realised efficiency: (dense - routed) / (dense - ideal), in wall-clock."""
+realised efficiency: (dense - routed) / (dense - ideal), in wall-clock; a busy machine makes it noisy, also above 1."""
 
 
 def plot(dense: Result, routed: Result, path: Path) -> None:

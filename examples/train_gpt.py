@@ -168,7 +168,7 @@ def main() -> None:
     write_metrics(*results, ideal, settings(args), args.out / "metrics.json")
     ltd_fx.save_clean(routed.model, args.out / "model.safetensors")
 
-    plain = GPT(routed.model.config).to(args.device).eval()  # never transformed
+    plain = GPT(routed.model.config).to(args.device)  # never transformed
     ltd_fx.load_clean(plain, args.out / "model.safetensors")
     loss = validation_loss(plain, comparison.validation, args)
     print(
