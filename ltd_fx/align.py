@@ -91,20 +91,34 @@ def _grid(indices: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(indices.reshape(*batch, *(keep if i == axis else 1 for i in range(count))) for axis in range(count))
 
 
-def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What reaches a layer through its ``**kwargs``: entries named in ``aligned`` are gathered.
+def align_extra(draw: Draw | None, value: Any, name: str, dims: tuple[int, ...] | None) -> Any:
+    """An argument that the layer takes through ``*args`` or ``**kwargs``: :func:`align`, where the pattern mentions it.
 
     Raises:
-        LTDError: a tensor that the pattern does not mention has a dimension as long as the sequence.
+        LTDError: the pattern does not (``dims`` is None), and a tensor in it has a dimension as long as the sequence.
+
+    """
+    if draw is None:
+        return value
+    if dims is not None:
+        return align(draw, value, name, dims)
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(item, Tensor) and draw.seq_len in item.shape:
+            raise LTDError(
+                f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(item.shape)} seems to carry the sequence "
+                f"(S={draw.seq_len}), but the layer's LayerPattern does not mention it; give it a name in the layer's "
+                "forward if it has none, and list its dimensions in `aligned`, or () if it does not"
+            )
+    return value
+
+
+def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All of a layer's ``**kwargs``; ``aligned`` has the dimensions of those that the pattern mentions.
+
+    Raises:
+        LTDError: as :func:`align_extra`.
 
     """
     if draw is None:
         return extras
-    for name, value in extras.items():
-        if name not in aligned and isinstance(value, Tensor) and draw.seq_len in value.shape:
-            raise LTDError(
-                f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)} seems to carry the "
-                f"sequence (S={draw.seq_len}), but the layer's LayerPattern does not mention it; list its "
-                "dimensions in `aligned`, or () if it does not"
-            )
-    return {name: align(draw, value, name, aligned.get(name, ())) for name, value in extras.items()}
+    return {name: align_extra(draw, value, name, aligned.get(name)) for name, value in extras.items()}

@@ -5,6 +5,7 @@ a model's graph from watching one forward under fake tensors.
 """
 
 import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -141,7 +142,6 @@ def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
 class _Recorder:
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        self.called: set[str] = set()
         self.last: fx.Node | None = None
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []  # ids identify values only as long as these live
@@ -150,13 +150,12 @@ class _Recorder:
         def record_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             node_args, node_kwargs = pytree.tree_map(self._node, (args, kwargs))
             node = self.graph.call_module(name, node_args, node_kwargs)
-            self.called.add(name)
             self.last = node
             self._remember(node, output)
             if isinstance(output, (tuple, list)):
                 for i, item in enumerate(output):
                     if isinstance(item, torch.Tensor):
-                        self._remember(self.graph.call_function(_getitem, (node, i)), item)
+                        self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
 
         return record_call
 
@@ -175,7 +174,3 @@ class _Recorder:
         self._alive.append(value)
         self._nodes[id(value)] = node
         node.meta["val"] = value
-
-
-def _getitem(sequence: Any, index: int) -> Any:
-    return sequence[index]

@@ -159,8 +159,8 @@ def convert_to_random_ltd(
         )
     if scheduler is not None:
         _check_free(scheduler)
-        for name in names:
-            _pattern(inner.get_submodule(name), config)
+        for layer in map(inner.get_submodule, names):  # whatever is refused, before anything is wrapped
+            routed_class(type(layer), type(layer), _pattern(layer, config))
         config.setdefault("random_ltd_layer_num", len(ids))
         config.setdefault("total_layer_num", len(names))
     for i, name in enumerate(names):

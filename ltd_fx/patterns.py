@@ -49,13 +49,18 @@ class LayerPattern:
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerPattern, (self.hidden, dict(self.aligned), self.batch_first, self.output, self.cache)
 
-    def check(self, layer_class: type[nn.Module], signature: inspect.Signature) -> None:
-        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have."""
-        parameters = signature.parameters.values()
+    def check(self, layer_class: type[nn.Module]) -> None:
+        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have.
+
+        A name may also be one of its ``**kwargs``, with dimensions but not with a callable.
+        """
+        parameters = forward_signature(layer_class).parameters.values()
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         for role, name in (("hidden", self.hidden), ("cache", self.cache), *(("aligned", a) for a in self.aligned)):
-            if name is None or name in names or (role == "aligned" and takes_any):
+            if name is None or name in names:
+                continue
+            if role == "aligned" and takes_any and not callable(self.aligned[name]):
                 continue
             raise LTDError(
                 f"ltd_fx: the pattern of {layer_class.__name__} has {role} argument {name!r}, but its forward "
@@ -140,7 +145,7 @@ def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise LTDError(f"ltd_fx.register_pattern: expected a subclass of nn.Module, got {layer_class!r}")
     if isinstance(pattern, LayerPattern):
-        pattern.check(layer_class, forward_signature(layer_class))
+        pattern.check(layer_class)
     _registered[layer_class] = pattern
 
 
@@ -151,9 +156,17 @@ def forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
 
 
 def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
-    """The pattern registered for the layer's class or its nearest base, else the built-in one, else ``None``."""
+    """The pattern registered for the layer's class or its nearest base, else the built-in one, else ``None``.
+
+    Raises:
+        LTDError: it names an argument that the layer's ``forward`` does not have.
+
+    """
     for base in type(layer).__mro__:
         entry = _registered.get(base) or _BUILT_IN.get((base.__module__, base.__qualname__))
         if entry is not None:
-            return entry if isinstance(entry, LayerPattern) else entry(layer)
+            pattern = entry if isinstance(entry, LayerPattern) else entry(layer)
+            # inherited, or made by a function: it may not fit this very class
+            pattern.check(type(layer))
+            return pattern
     return None

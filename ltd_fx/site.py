@@ -65,7 +65,7 @@ def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], patt
         pattern: how to route it.
 
     Raises:
-        LTDError: the pattern does not fit the layer's ``forward``.
+        LTDError: the layer's ``forward`` cannot be expressed as a graph.
 
     """
     arguments = (slot_class, layer_class, pattern)

@@ -102,15 +102,9 @@ def test_unbatched(shape, dims, indices):
     ("shape", "dims"),
     [((BATCH, 1, SEQ, SEQ), (-2, -1)), ((SEQ, SEQ), (0, -1)), ((SEQ, HEADS, SEQ), (0, -1)), ((SEQ,), (-1,))],
 )
-def test_negative_dims_are_right_or_refused(shape, dims):
-    value = randn(*shape)
-    try:
-        aligned = align(draw_of(), value, "table", dims)
-    except LTDError as error:
-        assert "aligned" in str(error)  # noqa: PT017
-    else:
-        expected = align(draw_of(), value, "table", tuple(dim % len(shape) for dim in dims))
-        torch.testing.assert_close(aligned, expected, rtol=0, atol=0)
+def test_negative_dims_are_refused(shape, dims):
+    with pytest.raises(LTDError, match="aligned"):
+        align(draw_of(), randn(*shape), "table", dims)
 
 
 @pytest.mark.parametrize(("shape", "dims"), [((1, SEQ), (1,)), ((HEADS, 1, SEQ), (2,)), ((SEQ, DIM), (0,))])

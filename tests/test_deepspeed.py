@@ -292,6 +292,18 @@ def test_a_refused_conversion_changes_nothing(layer_class, scheduler, ids, messa
     assert list(map(type, model.modules())) == before
 
 
+def test_a_layer_without_a_graph_is_refused_before_any_is_wrapped():
+    class KeywordOnly(Layer):
+        def forward(self, hidden_states, *, scale):
+            return hidden_states * scale
+
+    model = Model()
+    model.layers[2] = KeywordOnly()
+    with pytest.raises(LTDError, match="keyword-only argument 'scale'"):
+        convert_to_random_ltd(model, Layer, scheduler_of())
+    assert not any(isinstance(module, RandomLayerTokenDrop) for module in model.modules())
+
+
 def test_a_model_converted_twice_is_refused_and_stays_as_it_was():
     model = convert_to_random_ltd(Model(), Layer, scheduler_of(), {})
     before = list(model.state_dict())

@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.align import align as align_argument
-from ltd_fx.align import align_extras
-from ltd_fx.capture import KWARGS
+from ltd_fx.align import align_extra, align_extras
+from ltd_fx.capture import ARGS, KWARGS
 from ltd_fx.passes.locate import CallSite, call_sites
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,17 @@ def align(graph: fx.Graph) -> int:
 
 def _gathered(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node | None:
     aligned = site.target.pattern.aligned
+    parameters = site.target.signature.parameters
     with graph.inserting_before(site.call):
         if name == KWARGS:
-            parameters = site.target.signature.parameters
             entries: Any = {key: dims for key, dims in aligned.items() if key not in parameters}
             return graph.call_function(align_extras, (site.draw, value, entries))
+        if name not in parameters:
+            if not isinstance(value, (fx.Node, tuple, list)):
+                return None
+            name = "*args" if name == ARGS else name
+            dims: Any = aligned.get(name)
+            return graph.call_function(align_extra, (site.draw, value, name, dims))
         entry = aligned.get(name, ())
         if value is None or entry == ():
             return None

@@ -44,10 +44,14 @@ class CallSite:
     merge: fx.Node | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What the call passes, by the layer's parameter names; names it takes as ``**kwargs`` stand for themselves."""
+        """What the call passes, by the layer's parameter names, positional ones first.
+
+        What the layer takes through ``**kwargs`` has its own name, what it takes through ``*args`` that of its place.
+        """
         parameters = self.target.signature.parameters
         positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        return {**dict(zip(positional, self.call.args, strict=False)), **self.call.kwargs}
+        extra = [f"*args[{i}]" for i in range(len(self.call.args) - len(positional))]
+        return {**dict(zip([*positional, *extra], self.call.args, strict=False)), **self.call.kwargs}
 
     def replace_argument(self, name: str, value: Any) -> None:
         if name in self.call.kwargs:
