@@ -1,21 +1,26 @@
 """Train transformers on fewer tokens per layer, inside ``torch.compile``."""
 
-from ltd_fx.api import is_transformed, restore, sampled_indices, summary, transform
+from ltd_fx.align import Aligned
+from ltd_fx.api import is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 from ltd_fx.patterns import LayerPattern, register_pattern
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
+from ltd_fx.verify import Proof, VerifyReport
 from ltd_fx.version import __version__
 from ltd_fx.weights import clean_state_dict, load_clean, save_clean
 
 __all__ = [
+    "Aligned",
     "CallSite",
     "Draw",
     "LTDError",
     "LTDScheduler",
     "LayerPattern",
+    "Proof",
     "RewriteReport",
+    "VerifyReport",
     "__version__",
     "clean_state_dict",
     "is_transformed",
@@ -26,4 +31,5 @@ __all__ = [
     "save_clean",
     "summary",
     "transform",
+    "verify",
 ]

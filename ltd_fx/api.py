@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from ltd_fx import ops, replay
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
-from ltd_fx.install import find_rewrite, find_rewrite_maybe, install, plan, uninstall
+from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, plan, uninstall
+from ltd_fx.observe import observe_values, split_inputs
 from ltd_fx.report import RewriteReport
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.state import RouteState
+from ltd_fx.state import Protect, RouteState
+from ltd_fx.verify import VerifyReport, prove
 
 _SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,6 +27,7 @@ def transform(
     skip_last: int = 1,
     seed: int = 0,
     sampling: str = "per_sample",
+    protect: Protect = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> Model:
     """Rewrite the middle layers of ``model``, in place, to see a random subset of the tokens in training.
@@ -37,16 +40,20 @@ def transform(
         model: a module (its class, methods, parameter names and ``state_dict`` keys stay as they are), or an
             ``fx.GraphModule`` that calls the target layers (its graph is rewritten and recompiled).
         scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
-        layers: the target layers: ``None`` (all with a known pattern), a class or tuple of classes, a regular
-            expression that matches whole fully qualified names, a list of names, or a predicate
-            ``(name, module) -> bool``.
+        layers: the target layers: ``None`` (all with a known pattern, or else lists of like modules), a class or
+            tuple of classes, a regular expression that matches whole fully qualified names, a list of names, or a
+            predicate ``(name, module) -> bool``.
         skip_first: layers left dense at the start of each stack.
         skip_last: layers left dense at the end of each stack.
         seed: of the draws, the same one for the same model in every process. Data-parallel ranks that should drop
             different tokens need different seeds.
         sampling: ``"per_sample"``, each sequence its own tokens, or ``"shared"``, one draw for the batch.
-        example_inputs: a tuple or dict for one forward; the call sites are then recorded under fake tensors and checked
-            before anything changes.
+        protect: tokens that are kept first: a number of first tokens (class and register tokens), which no draw drops;
+            a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
+            attention mask ``[B, S]``, whose padding (zero) is dropped before any real token.
+        example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
+            changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
+            are learnt from it. Without, they are learnt and proven at the first training forward.
 
     Returns:
         ``model`` itself.
@@ -72,8 +79,9 @@ def transform(
     state = RouteState(
         scheduler, seed=seed, shared=sampling == "shared", routed=len(routed), dense=len(entries) - len(routed)
     )
+    state.set_protect(protect, model)
     ops.register_inductor_decompositions()
-    install(model, routed, entries, state, example_inputs)
+    attach(model, routed, entries, state, example_inputs)
     return model
 
 
@@ -101,6 +109,44 @@ def summary(model: nn.Module) -> RewriteReport:
 
     """
     return find_rewrite(model)[1].report()
+
+
+def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *, atol: float = 1e-4) -> VerifyReport:
+    """Compare every routed layer with the dense layer whose attention to the dropped tokens is blocked.
+
+    It takes the layers' other arguments (masks, rotary tables) from one forward on ``example_inputs``, run in eval mode
+    as they are; the layers are copied one at a time, given random weights and hidden states, and run in float64. So it
+    proves the way they are routed at the lengths of these inputs, whatever the weights. Attention may be computed by
+    any softmax; attention scores of one layer are held in memory.
+
+    Args:
+        model: transformed; it stays as it is.
+        example_inputs: a tuple or dict for one forward.
+        atol: the largest error allowed, relative to the largest value of the reference.
+
+    Raises:
+        LTDError: the model is not transformed, or its forward fails.
+
+    """
+    root, rewrite = find_rewrite(model)
+    inputs = split_inputs(example_inputs)
+    if rewrite.state.pending is not None:
+        install(root, rewrite, inputs)
+    calls = observe_values(root, {layer.name: layer.slot for layer in rewrite.layers}, *inputs)
+    proofs = [
+        prove(
+            layer.name,
+            layer.slot,
+            type(layer.module),
+            known(layer),
+            calls.get(layer.name),
+            shared=rewrite.state.shared,
+            protected=rewrite.state.protected,
+            atol=atol,
+        )
+        for layer in rewrite.layers
+    ]
+    return VerifyReport(proofs)
 
 
 def sampled_indices(model: nn.Module) -> dict[str, Tensor]:

@@ -22,19 +22,22 @@ class Site:
         self.number = torch.tensor(number, device=state.device)
         self.layer = layer
         self.state = state
+        self.fixed: Tensor | None = None  # while verifying: the indices to keep
         state.sites.append(self)
 
 
 class Draw(NamedTuple):
     """The tokens that a site keeps in this forward.
 
-    ``indices`` is ``[B, k]`` int64, ascending in each row, or ``[1, k]`` where one draw serves the batch.
+    ``indices`` is ``[B, k]`` int64, ascending in each row, or ``[1, k]`` where one draw serves the batch. The first
+    ``protected`` tokens are among them in every row.
     """
 
     site: Site
     indices: Tensor
     batch: int
     seq_len: int
+    protected: int = 0
 
 
 def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
@@ -65,6 +68,8 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     if state.observed is not None:
         state.observed[site.name] = hidden_shape(site, hidden, batch_first)
         return None
+    if site.fixed is not None:
+        return Draw(site, site.fixed, *hidden_shape(site, hidden, batch_first), state.protected)
     if not site.layer.training:
         return None
     batch, seq_len = hidden_shape(site, hidden, batch_first)
@@ -79,7 +84,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export"
         )
-    return Draw(site, _indices(site, hidden, batch, seq_len, keep), batch, seq_len)
+    return Draw(site, _indices(site, hidden, batch, seq_len, keep), batch, seq_len, state.protected)
 
 
 def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
@@ -94,12 +99,40 @@ def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
 
 
 def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
-    rows = 1 if site.state.shared else batch
+    state = site.state
+    if keep < state.protected:
+        raise LTDError(
+            f"ltd_fx: {site.name}: a reserved length of {keep} cannot hold the {state.protected} protected tokens; "
+            "raise the scheduler's min_length, or lower protect"
+        )
+    rows = 1 if state.shared else batch
     # The zero-width view carries no data, only the device and whether vmap maps over the samples.
-    like = hidden.detach()[..., :0] if not site.state.shared else site.state.key
-    key, number = site.state.key.to(hidden.device), site.number.to(hidden.device)
-    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, like, rows, seq_len, keep)
+    like = hidden.detach()[..., :0] if not state.shared else state.key
+    rank = rank_tokens(state, state.mask, hidden.device, batch, seq_len)
+    key, number = state.key.to(hidden.device), site.number.to(hidden.device)
+    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, like, rows, seq_len, keep, rank)
     return indices
+
+
+def rank_tokens(
+    state: RouteState, mask: Tensor | None, device: torch.device, batch: int, seq_len: int
+) -> Tensor | None:
+    """``[B | 1, S]`` int64: -1 for tokens that are kept first (protected), 1 for those dropped first (padding), else 0.
+
+    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; another shape is of another stack.
+    """
+    protect = state.protect
+    if protect is None:
+        return None
+    if isinstance(protect, str):
+        if mask is None or mask.shape != (batch, seq_len):
+            return None
+        padding = mask.to(device) == 0
+        # one draw for the batch drops first what is padding in every sequence
+        return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
+    positions = torch.arange(seq_len, device=device)
+    first = positions < protect if isinstance(protect, int) else protect(positions)
+    return -first.to(torch.int64)[None]
 
 
 def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:

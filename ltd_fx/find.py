@@ -16,34 +16,32 @@ _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
 @dataclass(frozen=True)
 class Layer:
-    """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it."""
+    """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it.
+
+    ``pattern`` is None where it is not known yet.
+    """
 
     name: str
     slot: nn.Module
     module: nn.Module
-    pattern: LayerPattern
+    pattern: LayerPattern | None
 
 
 def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
-    """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``); ``None``: all with a known pattern.
+    """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``).
 
     Raises:
-        LTDError: as :func:`find_layers`, or a match has no pattern.
+        LTDError: as :func:`find_layers`.
 
     """
     modules = dict(model.named_modules())
     stacks: dict[str, list[Layer]] = {}
     for name in find_layers(model, layers):
-        pattern = find_pattern_maybe(modules[name])
-        if pattern is None:
-            cls = type(modules[name]).__name__
-            raise LTDError(
-                f"ltd_fx: {name} is a {cls}, for which no LayerPattern is known; tell which arguments follow the "
-                f"tokens with ltd_fx.register_pattern({cls}, ltd_fx.LayerPattern(hidden=..., aligned=...))"
-            )
         slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
         stack = slot.rpartition(".")[0]
-        stacks.setdefault(stack, []).append(Layer(slot, modules[slot], modules[name], pattern))
+        stacks.setdefault(stack, []).append(
+            Layer(slot, modules[slot], modules[name], find_pattern_maybe(modules[name]))
+        )
     return list(stacks.values())
 
 
@@ -67,7 +65,8 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
 
 def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
     if layers is None:
-        return [name for name, module in modules.items() if find_pattern_maybe(module) is not None]
+        known = [name for name, module in modules.items() if find_pattern_maybe(module) is not None]
+        return known or _repeated(modules)
     if isinstance(layers, str):
         try:
             regex = re.compile(layers)
@@ -90,6 +89,19 @@ def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
     )
 
 
+def _repeated(modules: dict[str, nn.Module]) -> list[str]:
+    """The elements of the outermost lists of three or more modules of one class, which have modules of their own."""
+    names: list[str] = []
+    for name, module in modules.items():
+        elements = [(f"{name}.{child}" if name else child, m) for child, m in module.named_children()]
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or len(elements) < 3:
+            continue
+        inner = any(name.startswith(other + ".") for other in names)
+        if not inner and len({type(m) for _, m in elements}) == 1 and list(elements[0][1].children()):
+            names += [element for element, _ in elements]
+    return names
+
+
 def _nothing_matches(modules: dict[str, nn.Module], layers: Layers) -> str:
     repeated = {
         name: type(next(module.children())).__name__
@@ -99,8 +111,8 @@ def _nothing_matches(modules: dict[str, nn.Module], layers: Layers) -> str:
     seen = ", ".join(f"{cls} in {name}" for name, cls in list(repeated.items())[:5]) or "no repeated layers"
     if layers is None:
         return (
-            f"ltd_fx: found no layer with a known LayerPattern (seen: {seen}); add your layer's class with "
-            "ltd_fx.register_pattern(LayerClass, ltd_fx.LayerPattern(...))"
+            f"ltd_fx: found neither a layer with a known LayerPattern nor a list of three like layers (seen: {seen}); "
+            "select layers with transform(..., layers=...)"
         )
     near = difflib.get_close_matches(layers, modules, n=3) if isinstance(layers, str) else []
     return f"ltd_fx: layers={layers!r} matches nothing in the model{_did_you_mean(near)} (seen: {seen})"

@@ -7,12 +7,15 @@ from typing import Any
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from ltd_fx.capture import record
+from ltd_fx.capture import call_graph
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
+from ltd_fx.examine import Examination
 from ltd_fx.find import Layer
-from ltd_fx.passes import Target, rewrite
-from ltd_fx.patterns import forward_signature
+from ltd_fx.observe import split_inputs
+from ltd_fx.passes import Target
+from ltd_fx.passes import rewrite as rewrite_graph
+from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.site import SITE, RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.state import RouteState, watch_forwards
@@ -25,11 +28,12 @@ class Rewrite:
     """What was done to a model; kept in its ``__dict__``, outside modules and buffers."""
 
     state: RouteState
-    sites: list[Site]
+    layers: list[Layer]  # the routed ones; with patterns, once installed
+    sites: list[Site]  # empty until installed
     entries: list[CallSite]
-    hook: RemovableHandle
-    graph: fx.Graph | None  # the rewritten call-site graph of the whole model, where there is one
-    original: fx.Graph | None  # of an fx.GraphModule
+    hook: RemovableHandle | None = None
+    graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
+    original: fx.Graph | None = None  # of an fx.GraphModule
 
     def report(self) -> RewriteReport:
         graphs = {site.name: getattr(site.layer, "_ltd_graph", self.graph) for site in self.sites}
@@ -53,14 +57,21 @@ def plan(stacks: list[list[Layer]], skip_first: int, skip_last: int) -> tuple[li
         for i, layer in enumerate(stack):
             if isinstance(layer.slot, RoutedLayer):
                 raise LTDError(f"ltd_fx: {layer.name} is routed already; restore it, or leave it out with layers=...")
-            reason = "its LayerPattern"
+            if "forward" in layer.slot.__dict__:
+                raise LTDError(
+                    f"ltd_fx: {layer.name} has a forward of its own, set on the instance, which routing would replace; "
+                    "transform the model before whatever sets it, or leave the layer out with layers=..."
+                )
+            reason = ""
             if i < skip_first:
                 reason = f"skip_first={skip_first}"
             elif i >= len(stack) - skip_last:
                 reason = f"skip_last={skip_last}"
             else:
                 routed.append(layer)
-            entries.append(_entry(layer, reason, layer in routed))
+            entries.append(
+                CallSite(layer.name, type(layer.module).__name__, _parent(layer.name), layer in routed, reason)
+            )
     if not routed:
         sizes = ", ".join(f"{len(stack)} in {_parent(stack[0].name) or 'the root'}" for stack in stacks)
         raise LTDError(
@@ -74,67 +85,102 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _entry(layer: Layer, reason: str, routed: bool) -> CallSite:
-    aligned = {
-        name: getattr(dims, "__name__", repr(dims)) if callable(dims) else dims
-        for name, dims in layer.pattern.aligned.items()
-    }
-    return CallSite(layer.name, type(layer.module).__name__, _parent(layer.name), routed, reason, aligned, None)
-
-
-def install(
+def attach(
     model: nn.Module, layers: list[Layer], entries: list[CallSite], state: RouteState, example_inputs: Any
 ) -> None:
-    """Put the rewritten pieces in place; whatever can be refused is, before anything changes.
+    """Rewrite ``model``: now, or where patterns are yet to be inferred and nothing to infer them from, at its first
+    training forward.
 
     Args:
         model: the root.
         layers: those to route.
         entries: for the report.
         state: what the sites share.
-        example_inputs: for one forward to record the call sites from and check them; or ``None``.
+        example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
+
+    Raises:
+        LTDError: a layer cannot be routed; nothing is changed.
+
+    """
+    unknown = next((layer for layer in layers if layer.pattern is None), None)
+    if unknown is not None and example_inputs is None and isinstance(model, fx.GraphModule):
+        raise LTDError(
+            f"ltd_fx: {unknown.name} is a {type(unknown.module).__name__}, for which no LayerPattern is known; pass "
+            "example_inputs to learn it from, or call ltd_fx.register_pattern"
+        )
+    rewrite = Rewrite(state, layers, [], entries)
+    if unknown is None or example_inputs is not None:
+        install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
+    else:
+        state.pending = lambda args, kwargs: install(model, rewrite, (args, kwargs))
+    rewrite.hook = watch_forwards(model, state)
+    model.__dict__[_REWRITE] = rewrite
+    if state.scheduler is not None:
+        state.scheduler._attach(state)
+
+
+def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
+    """Put the rewritten pieces in place; whatever can be refused is, before anything changes.
+
+    Args:
+        model: the root.
+        rewrite: gets the sites, patterns and proofs.
+        inputs: (args, kwargs) of one forward, or ``None``.
 
     Raises:
         LTDError: a layer cannot be routed.
 
     """
+    state, layers, graph, proofs = rewrite.state, rewrite.layers, None, {}
+    if inputs is not None:
+        examination = Examination(model, layers, inputs)
+        accepted = [examination.accept(layer, shared=state.shared, protected=state.protected) for layer in layers]
+        layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
+        graph = call_graph(examination.calls)
     sites = [Site(layer.name, i, layer.slot, state) for i, layer in enumerate(layers)]
     targets = {
-        site.name: Target(site.name, f"{SITE}_{i}", forward_signature(type(layer.module)), layer.pattern)
+        site.name: Target(site.name, f"{SITE}_{i}", forward_signature(type(layer.module)), known(layer))
         for i, (site, layer) in enumerate(zip(sites, layers, strict=True))
     }
-    graph = original = None
-    if example_inputs is not None:
-        graph = record(model, {layer.name: layer.slot for layer in layers}, example_inputs)
-        rewrite(graph, targets, {site.name: site for site in sites})
+    if graph is not None:
+        rewrite_graph(graph, targets, {site.name: site for site in sites})
     if isinstance(model, fx.GraphModule):
         original, graph = model.graph, copy.deepcopy(model.graph)
         graph.owning_module = None  # the passes name attributes that the module is given only after they succeed
-        rewrite(graph, targets)
+        rewrite_graph(graph, targets)
         for site, target in zip(sites, targets.values(), strict=True):
             setattr(model, target.site, site)
-        model.graph = graph
+        model.graph, rewrite.original = graph, original
     else:
-        classes = [routed_class(type(layer.slot), type(layer.module), layer.pattern) for layer in layers]
+        classes = [routed_class(type(layer.slot), type(layer.module), known(layer)) for layer in layers]
         for site, routed in zip(sites, classes, strict=True):
             swap_class(site.layer, routed, site)
-    hook = watch_forwards(model, state)
-    model.__dict__[_REWRITE] = Rewrite(state, sites, entries, hook, graph, original)
-    if state.scheduler is not None:
-        state.scheduler._attach(state)
+    state.pending = None
+    patterns = {layer.name: layer.pattern for layer in layers}
+    rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
+    rewrite.entries = [
+        replace(entry, pattern=patterns.get(entry.name), proof=proofs.get(entry.name)) for entry in rewrite.entries
+    ]
+
+
+def known(layer: Layer) -> LayerPattern:
+    """The layer's pattern, which by now there is."""
+    assert layer.pattern is not None
+    return layer.pattern
 
 
 def uninstall(model: nn.Module) -> None:
     """Undo :func:`install`."""
     root, done = find_rewrite(model)
-    if isinstance(root, fx.GraphModule):
-        assert done.original is not None
+    if done.original is not None:
+        assert isinstance(root, fx.GraphModule)
         root.graph = done.original
         for i in range(len(done.sites)):
             delattr(root, f"{SITE}_{i}")
     else:
         for site in done.sites:
             swap_back(site.layer)
+    assert done.hook is not None
     done.hook.remove()
     del root.__dict__[_REWRITE]
     if done.state.scheduler is not None:

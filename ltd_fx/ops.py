@@ -14,7 +14,10 @@ from ltd_fx.errors import LTDError
 from ltd_fx.sampling import sample
 
 _lib = torch.library.Library("ltd_fx", "DEF")
-_lib.define("sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep) -> Tensor")
+_lib.define(
+    "sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep, "
+    "Tensor? rank=None) -> Tensor"
+)
 _lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
 _lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
@@ -26,7 +29,7 @@ def _require(condition: Any, message: Callable[[], str]) -> None:
 # ---- arguments: what is checked in the kernels and under fake tensors alike
 
 
-def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int) -> None:
+def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
     scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
     _require(
         scalars,
@@ -35,6 +38,11 @@ def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int
     _require(batch >= 0, lambda: f"batch must not be negative, got {batch}")
     _require(keep >= 0, lambda: f"keep must not be negative, got {keep}")
     _require(keep <= seq_len, lambda: f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
+    if rank is not None:
+        fits = rank.dtype == torch.int64 and rank.ndim == 2
+        _require(fits, lambda: f"rank must be a 2-dim int64 tensor, got {rank.ndim}-dim {rank.dtype}")
+        fits = rank.shape[1] == seq_len and (rank.shape[0] == 1 or rank.shape[0] == batch)
+        _require(fits, lambda: f"rank must be [{batch} or 1, {seq_len}], got {tuple(rank.shape)}")
 
 
 def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
@@ -73,9 +81,11 @@ def _check_values(indices: Tensor, seq_len: int) -> None:
 
 
 @torch.library.impl(_lib, "sample_tokens", "CompositeExplicitAutograd")
-def _sample_kernel(key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep)
-    return sample(key, site, batch, seq_len, keep)
+def _sample_kernel(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    _check_sample(key, site, batch, seq_len, keep, rank)
+    return sample(key, site, batch, seq_len, keep, rank)
 
 
 def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
@@ -112,8 +122,10 @@ def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: 
 
 
 @torch.library.register_fake("ltd_fx::sample_tokens", lib=_lib)
-def _sample_fake(key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep)
+def _sample_fake(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    _check_sample(key, site, batch, seq_len, keep, rank)
     return key.new_empty((batch, keep))
 
 
@@ -181,13 +193,26 @@ def _part(value: Tensor, batch_dim: int, size: int) -> Tensor:
 
 @torch.library.register_vmap("ltd_fx::sample_tokens", lib=_lib)
 def _sample_vmap(
-    info: Any, in_dims: tuple[int | None, ...], key: Tensor, site: Tensor, like: Tensor, batch: int, *rest: int
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    key: Tensor,
+    site: Tensor,
+    like: Tensor,
+    batch: int,
+    seq_len: int,
+    keep: int,
+    rank: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     if in_dims[0] is not None or in_dims[1] is not None:
         raise LTDError("ltd_fx: sample_tokens maps over `like`, never over its key or site; keep those unmapped")
-    assert in_dims[2] is not None
-    rows = torch.ops.ltd_fx.sample_tokens(key, site, like.select(in_dims[2], 0), info.batch_size * batch, *rest)
-    return rows.unflatten(0, (info.batch_size, batch)), 0
+    size = info.batch_size
+    if in_dims[2] is not None:
+        like = like.select(in_dims[2], 0)
+    if rank is not None:
+        dim = in_dims[6] if len(in_dims) > 6 else None
+        rank = _to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
+    rows = torch.ops.ltd_fx.sample_tokens(key, site, like, size * batch, seq_len, keep, rank)
+    return rows.unflatten(0, (size, batch)), 0
 
 
 @torch.library.register_vmap("ltd_fx::gather_tokens", lib=_lib)
@@ -243,7 +268,7 @@ def register_inductor_decompositions() -> None:
     if ops.gather_tokens.default in decompositions:
         return
     register_decomposition([ops.sample_tokens.default])(
-        lambda key, site, like, batch, seq_len, keep: sample(key, site, batch, seq_len, keep)
+        lambda key, site, like, batch, seq_len, keep, rank=None: sample(key, site, batch, seq_len, keep, rank)
     )
     register_decomposition([ops.gather_tokens.default])(_gather_by_indexing)
     register_decomposition([ops.scatter_tokens.default])(_scatter_by_indexing)

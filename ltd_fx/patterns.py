@@ -2,18 +2,18 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ltd_fx.align import align
+from ltd_fx.align import Aligned, align
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 
 # Dimensions that carry the sequence, or how to gather an argument for which dimensions are not enough.
-Align = tuple[int, ...] | Callable[[Draw | None, Any], Any]
+Align = tuple[Any, ...] | Callable[[Draw | None, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,16 @@ class LayerPattern:
         hidden: the argument holding the hidden states, ``[B, S, D]`` (``[S, B, D]`` with ``batch_first=False``).
         aligned: per argument, the dimensions along which it carries the sequence; each has size S, or 1 to broadcast.
             Dimension 0 is the batch (of size B, 1, or a multiple of B such as batch times heads) unless it is listed.
-            A tuple of tensors shares one entry. Instead of dimensions, a callable ``(draw, value) -> value``.
-            Arguments not listed go to the layer as they are.
+            A tuple of tensors shares one entry. Instead of dimensions, an :class:`ltd_fx.Aligned`, or a tuple of one
+            of them per item, or a callable ``(draw, value) -> value``. ``()`` says that an argument does not carry the
+            sequence; one that is not listed is refused when it looks as if it did.
         batch_first: the layout of the hidden states.
         output: the slot of the hidden states in a tuple output; ``None``: the layer returns a bare tensor.
             A layer that returns a bare tensor is accepted with any slot.
+        returned: further tensors in a tuple output: by slot, the argument that the layer hands on there (a shared
+            position bias), or ``None`` for a tensor that does not carry the sequence and is returned as it is.
+        dropped: slots that are ``None`` while the layer is routed: what is computed for the kept tokens only and read
+            by nobody (attention weights). Any other further tensor is refused.
         cache: the argument holding a key-value cache, so that decoding in training mode can be refused: the cache of a
             routed layer lacks the dropped tokens.
 
@@ -38,16 +43,23 @@ class LayerPattern:
     aligned: Mapping[str, Align] = field(default_factory=dict)
     batch_first: bool = True
     output: int | None = 0
+    returned: Mapping[int, str | None] = field(default_factory=dict)
+    dropped: tuple[int, ...] = ()
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aligned", MappingProxyType(dict(self.aligned)))
+        for name in ("aligned", "returned"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def _plain(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
     def __hash__(self) -> int:
-        return hash((self.hidden, frozenset(self.aligned.items()), self.batch_first, self.output, self.cache))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in self._plain()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LayerPattern, (self.hidden, dict(self.aligned), self.batch_first, self.output, self.cache)
+        return LayerPattern, self._plain()
 
     def check(self, layer_class: type[nn.Module]) -> None:
         """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have.
@@ -87,6 +99,18 @@ def _align_src_mask(draw: Draw | None, mask: Any) -> Any:
     return gathered.repeat_interleave(heads, dim=0)
 
 
+def _align_mpt_bias(draw: Draw | None, bias: Any) -> Any:
+    """MPT's ALiBi ``[heads, 1, longest]``, of which a layer uses the last S; it takes no batch dimension."""
+    if draw is None or not isinstance(bias, Tensor):
+        return bias
+    if draw.indices.shape[0] != 1:
+        raise LTDError(
+            f"ltd_fx: {draw.site.name}: its position_bias is the same for all sequences, so they must keep the same "
+            "tokens: pass sampling='shared' to ltd_fx.transform"
+        )
+    return align(draw, bias[:, :, -draw.seq_len :], "position_bias", Aligned((2,), batch=None))
+
+
 _DECODER = LayerPattern(
     aligned={"attention_mask": align_attention_mask, "position_ids": (1,), "position_embeddings": (1,)},
     cache="past_key_values",
@@ -108,13 +132,26 @@ Entry = LayerPattern | Callable[[Any], LayerPattern]
 _BUILT_IN: dict[tuple[str, str], Entry] = {
     ("torch.nn.modules.transformer", "TransformerEncoderLayer"): _transformer_encoder_layer,
     ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): LayerPattern(
-        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,), "position_ids": (1,)},
+        aligned={
+            "attention_mask": align_attention_mask,
+            "encoder_hidden_states": (),
+            "encoder_attention_mask": (2,),
+            "position_ids": (1,),
+        },
         cache="past_key_values",
     ),
     ("transformers.models.bert.modeling_bert", "BertLayer"): LayerPattern(
-        aligned={"attention_mask": align_attention_mask, "encoder_attention_mask": (2,)}, cache="past_key_values"
+        aligned={
+            "attention_mask": align_attention_mask,
+            "encoder_hidden_states": (),
+            "encoder_attention_mask": (2,),
+        },
+        cache="past_key_values",
     ),
     ("transformers.models.vit.modeling_vit", "ViTLayer"): _ENCODER,
+    ("transformers.models.mpt.modeling_mpt", "MptBlock"): LayerPattern(
+        aligned={"attention_mask": (2, 3), "position_bias": _align_mpt_bias}, dropped=(1,), cache="layer_past"
+    ),
     ("timm.models.vision_transformer", "Block"): _TIMM_BLOCK,
     **{
         (f"transformers.models.{family}.modeling_{family}", f"{name}DecoderLayer"): _DECODER

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ltd_fx.capture import run_fake
-from ltd_fx.draw import Site
+from ltd_fx.draw import Site, rank_tokens
 from ltd_fx.errors import LTDError
+from ltd_fx.observe import run_fake
 from ltd_fx.state import Forward
 
 
@@ -38,5 +38,6 @@ def _indices(site: Site, forward: Forward, batch: int, seq_len: int) -> Tensor:
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)
     rows = 1 if site.state.shared else batch
-    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep)
+    rank = rank_tokens(site.state, forward.mask, key.device, batch, seq_len)
+    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, site.number.to(key.device), key, rows, seq_len, keep, rank)
     return indices.expand(batch, keep)

@@ -1,9 +1,13 @@
 """What was rewritten: the answer of ``ltd_fx.summary``."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
+
+from ltd_fx.align import Aligned
+from ltd_fx.patterns import LayerPattern
+from ltd_fx.verify import Proof
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,10 @@ class CallSite:
         layer_class: name of its class.
         stack: fully qualified name of the parent it shares with the rest of its stack.
         routed: whether it sees a subset of the tokens in training.
-        reason: why, or why not.
-        aligned: per argument, the dimensions gathered with the tokens, or the name of the function that gathers it.
-        graph: the rewritten graph that the layer runs; of a dense layer ``None``.
+        reason: of a dense layer, why.
+        pattern: how it is routed; ``None`` of a dense layer, or while it is yet to be inferred.
+        proof: that it is right; ``None`` where ``transform`` got no ``example_inputs``.
+        graph: the rewritten graph that the layer runs; ``None`` of a dense layer.
 
     """
 
@@ -26,8 +31,27 @@ class CallSite:
     stack: str
     routed: bool
     reason: str
-    aligned: Mapping[str, tuple[int, ...] | str]
-    graph: fx.Graph | None
+    pattern: LayerPattern | None = None
+    proof: Proof | None = None
+    graph: fx.Graph | None = None
+
+    @property
+    def aligned(self) -> dict[str, tuple[Any, ...] | str]:
+        """Per argument, the dimensions gathered with the tokens, or the name of the function that gathers it."""
+        entries = self.pattern.aligned.items() if self.pattern is not None else ()
+        named = {name: getattr(e, "__name__", repr(e)) if callable(e) else e for name, e in entries}
+        return {name: entry for name, entry in named.items() if entry != ()}
+
+    def _why(self) -> str:
+        if not self.routed:
+            return self.reason
+        if self.pattern is None:
+            return "to be inferred at the first training forward"
+        if self.proof is None:
+            return "by its LayerPattern, not checked"
+        if self.proof.status == "verified":
+            return f"verified, error {self.proof.error:.0e}"
+        return f"by its LayerPattern, not verifiable: {self.proof.reason}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,7 @@ class RewriteReport:
         rows = [header]
         for site in self.sites:
             aligned = ", ".join(f"{name}{_dims(dims)}" for name, dims in site.aligned.items()) if site.routed else ""
-            rows.append((site.name, site.layer_class, "routed" if site.routed else "dense", aligned, site.reason))
+            rows.append((site.name, site.layer_class, "routed" if site.routed else "dense", aligned, site._why()))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -54,5 +78,10 @@ class RewriteReport:
         return "\n".join([*lines, f"{routed} of {len(self.sites)} layers routed"])
 
 
-def _dims(dims: tuple[int, ...] | str) -> str:
-    return f" by {dims}" if isinstance(dims, str) else f"[{', '.join(map(str, dims))}]"
+def _dims(entry: tuple[Any, ...] | str) -> str:
+    if isinstance(entry, str):
+        return f" by {entry}"
+    if isinstance(entry, Aligned):
+        prefix = f" {entry.prefix:+}" if entry.prefix else ""
+        return f"[{', '.join(map(str, entry.dims))}{prefix}]"
+    return f"[{', '.join('-' if e is None else e if isinstance(e, str) else str(e).strip('()') for e in entry)}]"

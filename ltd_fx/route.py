@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltd_fx.align import like
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.tree import items_of, leaves, like
 
 
 class _Split(torch.autograd.Function):
@@ -74,8 +74,26 @@ def split_hidden(draw: Draw | None, hidden: Tensor, batch_first: bool) -> tuple[
     return split_tokens(hidden, draw.indices.expand(draw.batch, -1), batch_first)
 
 
-def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None, batch_first: bool) -> Any:
+def merge_output(
+    draw: Draw | None,
+    rest: Tensor,
+    output: Any,
+    slot: int | None,
+    batch_first: bool,
+    returned: tuple[tuple[int, Any], ...] = (),
+    dropped: tuple[int, ...] = (),
+) -> Any:
     """The layer's output with its hidden states back at full length, cast to the stream's dtype.
+
+    Args:
+        draw: the site's draw; ``None``: the layer ran dense, and its output is returned as it is.
+        rest: from :func:`split_hidden`.
+        output: the layer's.
+        slot: where in it the hidden states are.
+        batch_first: their layout.
+        returned: pairs of a further slot and the full-length argument that the layer hands on in it, or ``None`` for
+            a tensor that does not carry the sequence.
+        dropped: further slots to replace with ``None``.
 
     Raises:
         LTDError: the hidden states are not in ``slot``, or another slot holds a tensor, which is of kept tokens only.
@@ -86,16 +104,24 @@ def merge_output(draw: Draw | None, rest: Tensor, output: Any, slot: int | None,
     indices = draw.indices.expand(draw.batch, -1)
     if isinstance(output, Tensor):
         return merge_tokens(rest, indices, output.to(rest.dtype), batch_first)
-    if slot is None or not isinstance(output, (tuple, list)) or slot >= len(output):
+    items = items_of(output)
+    if slot is None or items is None or slot >= len(items):
         raise LTDError(
             f"ltd_fx: {draw.site.name} returned a {type(output).__name__}, but its LayerPattern says output={slot}; "
             "give the slot of the hidden states in its tuple"
         )
-    for i, item in enumerate(output):
-        if i != slot and isinstance(item, Tensor):
+    known = dict(returned)
+    for i, item in enumerate(items):
+        if i == slot:
+            items[i] = merge_tokens(rest, indices, item.to(rest.dtype), batch_first)
+        elif i in dropped:
+            items[i] = None
+        elif item is not None and known.get(i) is not None:
+            items[i] = known[i]
+        elif i not in known and any(isinstance(leaf, Tensor) for leaf in leaves(item)):
             raise LTDError(
-                f"ltd_fx: {draw.site.name} also returns a tensor of shape {tuple(item.shape)} in slot {i}, computed "
-                "from the kept tokens only; switch that output (attention weights?) off in training"
+                f"ltd_fx: {draw.site.name} also returns a tensor in slot {i}, computed from the kept tokens only; "
+                "switch that output (attention weights?) off in training, or list it in `returned` or `dropped` of its "
+                "LayerPattern"
             )
-    merged = merge_tokens(rest, indices, output[slot].to(rest.dtype), batch_first)
-    return like(output, [*output[:slot], merged, *output[slot + 1 :]])
+    return like(output, items)

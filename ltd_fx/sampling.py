@@ -16,6 +16,7 @@ _MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
 _INCREMENTS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
 # Tokens are numbered in the low bits of (hash, token); together they fit int64 with room to spare.
 _TOKEN_BITS = 30
+_HASH_AND_TOKEN_BITS = 62
 
 
 def draw_key(seed: int, step: int) -> int:
@@ -41,7 +42,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int) -> Tensor:
+def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: Tensor | None = None) -> Tensor:
     """Draw ``rows`` sorted subsets of ``keep`` tokens out of ``seq_len``.
 
     Args:
@@ -50,6 +51,7 @@ def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int) -> Ten
         rows: how many independent subsets.
         seq_len: S, the number of tokens to choose from.
         keep: k, the number of tokens to choose, ``0 <= k <= S``.
+        rank: ``[rows | 1, S]`` int64 of -1, 0 or 1: those of lower rank are chosen first, by chance within a rank.
 
     Returns:
         ``[rows, keep]`` int64 on the key's device, ascending and unique in each row.
@@ -65,5 +67,7 @@ def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int) -> Ten
         left, right = right ^ _mix(((left ^ word) + increment) & _MASK32), left
     hashed = _mix(_mix((token + left[:, None]) & _MASK32) ^ right[:, None])
     ranked = (hashed << _TOKEN_BITS) | token
+    if rank is not None:
+        ranked = ranked + (rank << _HASH_AND_TOKEN_BITS)
     smallest = ranked.topk(keep, dim=-1, largest=False, sorted=False).values
     return (smallest & ((1 << _TOKEN_BITS) - 1)).sort(dim=-1).values

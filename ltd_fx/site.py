@@ -4,6 +4,7 @@ As in FSDP2, the instance stays: its name, hooks, parameters and ``state_dict`` 
 still holds.
 """
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,16 +33,11 @@ class RoutedLayer(nn.Module):
             self._ltd_site.state.guard_recompute()
         return super().__call__(*args, **kwargs)
 
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        # Here and not in `forward`: outside of what transformers checkpoints, within what `layer.compile()` compiles.
-        return self._ltd_forward(*args, **kwargs)
-
     def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own call, hooks included."""
+        """The layer's own forward."""
         args = (*args, *kwargs.pop(ARGS, ()))
         kwargs.update(kwargs.pop(KWARGS, {}))
-        dense: Callable[..., Any] = super()._call_impl
-        return dense(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
@@ -93,6 +89,7 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(compile(code.src, "<ltd_fx routed layer>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
+    forward.__name__ = "_ltd_forward"  # a bound method is pickled by name
     return forward
 
 
@@ -100,9 +97,13 @@ def swap_class(slot: nn.Module, routed: type[RoutedLayer], site: Site) -> None:
     """Turn the layer in its place into ``routed``; :func:`swap_back` undoes it."""
     slot.__class__ = routed
     setattr(slot, SITE, site)
+    # On the instance, where hooks and `layer.compile()` are outside; the class's own `forward`, which transformers
+    # checkpoints (with its recompute), is inside.
+    slot.forward = types.MethodType(routed._ltd_forward, slot)
 
 
 def swap_back(slot: nn.Module) -> None:
     assert isinstance(slot, RoutedLayer)
     slot.__class__ = slot._ltd_base  # type: ignore[assignment]
     delattr(slot, SITE)
+    del slot.__dict__["forward"]

@@ -1,19 +1,23 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ltd_fx.capture import describe
 from ltd_fx.errors import LTDError
+from ltd_fx.observe import describe
 from ltd_fx.sampling import draw_key
 
 if TYPE_CHECKING:
     from ltd_fx.draw import Site
     from ltd_fx.schedule import LTDScheduler
+
+
+Protect = int | str | Callable[[Tensor], Tensor] | None
 
 
 def half(seq_len: int) -> int:
@@ -28,6 +32,7 @@ class Forward(NamedTuple):
     length: int | None
     inputs: Any
     grad: bool
+    mask: Tensor | None
 
     def keep(self, seq_len: int) -> int:
         return half(seq_len) if self.length is None else self.length
@@ -47,15 +52,48 @@ class RouteState:
         self.shared = shared
         self.routed = routed
         self.dense = dense
+        self.protect: Protect = None
+        self.protected = 0  # so many first tokens, in every draw
+        self.mask_place = 0
+        self.mask: Tensor | None = None  # the batch's, where `protect` names it
         self.device = torch.device("cpu")
         self.sites: list[Site] = []
         self.warned = False
         self.last: Forward | None = None
         # while replaying: (B, S) by site, collected instead of routing
         self.observed: dict[str, tuple[int, int]] | None = None
+        # what is left of the rewrite to do at the first training forward, from its arguments
+        self.pending: Callable[[Any, Any], None] | None = None
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
         self.begin_step(0 if scheduler is None else scheduler._step)
+
+    def set_protect(self, protect: Protect, root: nn.Module) -> None:
+        """Which tokens are kept first; see ``ltd_fx.transform``.
+
+        Raises:
+            LTDError: it is of another kind, more than the scheduler's min_length, or no argument of ``root``.
+
+        """
+        if isinstance(protect, str):
+            parameters = list(inspect.signature(root.forward).parameters)
+            if protect not in parameters:
+                raise LTDError(f"ltd_fx.transform: protect={protect!r} is not an argument of the model's forward")
+            self.mask_place = parameters.index(protect)
+        elif isinstance(protect, int) and not isinstance(protect, bool) and protect >= 0:
+            if self.scheduler is not None and protect > self.scheduler.min_length:
+                raise LTDError(
+                    f"ltd_fx.transform: protect={protect} tokens do not fit the scheduler's "
+                    f"min_length={self.scheduler.min_length}"
+                )
+            self.protected = protect
+            protect = protect or None
+        elif protect is not None and not callable(protect):
+            raise LTDError(
+                "ltd_fx.transform: protect must be a number of first tokens, a function of positions, or the name of "
+                f"the model's [B, S] attention mask, got {protect!r}"
+            )
+        self.protect = protect
 
     def begin_step(self, step: int) -> None:
         """Rebind the key for the first forward of ``step``."""
@@ -71,10 +109,21 @@ class RouteState:
         """Forward pre-hook of the root: the next key, for the forward that starts now."""
         if not root.training or self.observed is not None:
             return
+        if self.pending is not None:
+            if torch.compiler.is_compiling():
+                raise LTDError(
+                    "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is "
+                    "within a larger compiled program; pass example_inputs to ltd_fx.transform"
+                )
+            torch.compiler.disable(self.pending)(args, kwargs)
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
         self.key = self.key + 1
+        if isinstance(self.protect, str):
+            place = self.mask_place
+            given = kwargs.get(self.protect, args[place] if place < len(args) else None)
+            self.mask = given if isinstance(given, Tensor) else None
         if torch.compiler.is_compiling():
             self.last = None
         else:
@@ -89,7 +138,7 @@ class RouteState:
 
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         length = None if self.scheduler is None else self.scheduler.reserved_length
-        self.last = Forward(self.key, length, describe(args, kwargs), torch.is_grad_enabled())
+        self.last = Forward(self.key, length, describe(args, kwargs), torch.is_grad_enabled(), self.mask)
 
     def keep(self, seq_len: int) -> int:
         """The reserved length for sequences of ``seq_len`` tokens."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ltd_fx import LTDError
-from ltd_fx.align import align, align_extras
+from ltd_fx.align import Aligned, align, align_extras
 from ltd_fx.draw import Draw, Site
 from ltd_fx.state import RouteState
 
@@ -186,7 +186,9 @@ def test_passes_through(draw, value, dims):
         (randn(BATCH + 1, SEQ), (1,), r"'mask' of shape \(4, 6\) must have the batch size 3, .* in dimension 0"),
         (randn(2, SEQ, SEQ), (1, 2), r"'mask' of shape \(2, 6, 6\) must have the batch size 3"),
         ("text", (1,), "'mask' is a str, and only tensors"),
-        ({"mask": randn(BATCH, SEQ)}, (1,), "'mask' is a dict, and only tensors"),
+        ({"mask": object()}, (1,), "'mask' is a object, and only tensors"),
+        ((randn(BATCH, SEQ),) * 3, ((1,), None), "'mask' has 3 items, its LayerPattern 2"),
+        (randn(BATCH, SEQ - 1), Aligned((1,), prefix=-1), "'mask' .* no row for the first 1 tokens.*protect=1"),
         ((randn(BATCH, SEQ), 3), (1,), "'mask' is a int, and only tensors"),
         ((randn(BATCH, SEQ), randn(BATCH, SEQ + 2)), (1,), r"'mask' of shape \(3, 8\)"),
     ],

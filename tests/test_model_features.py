@@ -86,12 +86,25 @@ def test_autocast_and_half_precision_keep_the_streams_dtype(llama: Case) -> None
     loss_of(half(**text())).backward()
 
 
-def test_forward_hooks_see_the_kept_tokens_and_casts_are_followed(llama: Case) -> None:
+def test_hooks_and_recorded_hidden_states_are_of_full_length(case: Case) -> None:
+    model = ltd_fx.transform(case.model(), LTDScheduler(9, case.seq_len, 10))
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(f"{case.layers}.1")
+    layer.register_forward_hook(lambda layer, args, out: seen.append(out if isinstance(out, torch.Tensor) else out[0]))
+    layer.register_full_backward_hook(lambda layer, before, after: seen.append(after[0]))
+    options = {} if case.layers == "blocks" else {"output_hidden_states": True}
+    output = model(**case.inputs(), **options)
+    loss_of(output).backward()
+    assert [value.shape for value in seen] == [(BATCH, case.seq_len, 32)] * 2
+    if options:
+        assert len(output.hidden_states) == 5
+        assert all(state.shape == (BATCH, case.seq_len, 32) for state in output.hidden_states)
+        assert torch.equal(output.hidden_states[2], seen[0])
+
+
+def test_casts_are_followed(llama: Case) -> None:
     model = ltd_fx.transform(llama.model(), LTDScheduler(9, SEQ, 10))
-    seen = []
-    model.model.layers[1].register_forward_hook(lambda layer, args, out: seen.append((args[0].shape, out.shape)))
     model(**text())
-    assert seen == [((BATCH, 9, 32), (BATCH, 9, 32))]
     model.to(torch.float64)
     model(**text())
 

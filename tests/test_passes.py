@@ -9,7 +9,8 @@ from conftest import SEQ, Case, text
 from torch import Tensor, fx, nn
 
 from ltd_fx import LayerPattern, LTDError
-from ltd_fx.capture import KWARGS, LAYER, describe, layer_graph, record, run_fake
+from ltd_fx.capture import KWARGS, LAYER, call_graph, layer_graph
+from ltd_fx.observe import describe, observe, run_fake
 from ltd_fx.passes import Target, align, check, locate, route
 
 
@@ -109,7 +110,7 @@ def test_recording_leaves_the_model_and_the_random_state_alone(llama: Case) -> N
     layers = {f"model.layers.{i}": model.model.layers[i] for i in (1, 2)}
     buffers = dict(model.named_buffers())
     state = torch.random.get_rng_state()
-    graph = record(model, layers, text())
+    graph = call_graph(observe(model, layers, describe((), text())))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
     assert not any(layer._forward_hooks for layer in layers.values())

@@ -30,8 +30,8 @@ def align(graph: fx.Graph) -> int:
     """
     count = 0
     for site in call_sites(graph):
-        for name, value in site.arguments().items():
-            gathered = _gathered(graph, site, name, value)
+        for name, value in site.full.items():
+            gathered = _gathered(graph, site, name, value) if _may_follow(site, name) else None
             if gathered is not None:
                 site.replace_argument(name, gathered)
                 count += 1
@@ -47,15 +47,21 @@ def _gathered(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node
         if name == KWARGS:
             entries: Any = {key: dims for key, dims in aligned.items() if key not in parameters}
             return graph.call_function(align_extras, (site.draw, value, entries))
-        if name not in parameters:
-            if not isinstance(value, (fx.Node, tuple, list)):
-                return None
-            name = "*args" if name == ARGS else name
-            dims: Any = aligned.get(name)
-            return graph.call_function(align_extra, (site.draw, value, name, dims))
-        entry = aligned.get(name, ())
-        if value is None or entry == ():
+        entry: Any = aligned.get(name)
+        if entry == () or not isinstance(value, (fx.Node, tuple, list)):
             return None
         if callable(entry):
             return graph.call_function(entry, (site.draw, value))
+        if entry is None or name not in parameters:
+            name = "*args" if name == ARGS else name
+            return graph.call_function(align_extra, (site.draw, value, name, entry))
         return graph.call_function(align_argument, (site.draw, value, name, entry))
+
+
+def _may_follow(site: CallSite, name: str) -> bool:
+    """Whether an argument can be anything that carries the sequence: not the hidden states, a cache or a flag."""
+    pattern = site.target.pattern
+    if name in (pattern.hidden, pattern.cache):
+        return False
+    parameter = site.target.signature.parameters.get(name)
+    return parameter is None or not isinstance(parameter.default, (bool, int, float, str))

@@ -10,7 +10,7 @@ after   %site  = get_attr[target=_ltd_site_1]
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -35,11 +35,15 @@ class Target:
 
 @dataclass
 class CallSite:
-    """A located call: the node of the layer, of its draw, and (from ``route`` on) of its split and merge."""
+    """A located call: the node of the layer, of its draw, and (from ``route`` on) of its split and merge.
+
+    ``full`` has the arguments as they were before any was gathered.
+    """
 
     target: Target
     call: fx.Node
     draw: fx.Node
+    full: dict[str, Any] = field(default_factory=dict)
     split: fx.Node | None = None
     merge: fx.Node | None = None
 
@@ -90,7 +94,7 @@ def locate(graph: fx.Graph, targets: Mapping[str, Target]) -> int:
         target = targets[node.target]
         pattern = target.pattern
         site = CallSite(target, node, node)
-        arguments = site.arguments()
+        site.full = arguments = site.arguments()
         if not isinstance(arguments.get(pattern.hidden), fx.Node):
             raise LTDError(
                 f"ltd_fx: {target.name} is called without {pattern.hidden!r}, which its LayerPattern says holds the "

@@ -32,16 +32,17 @@ def route(graph: fx.Graph) -> int:
     count = 0
     for site in call_sites(graph):
         pattern = site.target.pattern
-        hidden = site.arguments()[pattern.hidden]
+        _, hidden, *_ = site.draw.args  # an earlier site may have replaced it since
+        returned = tuple((slot, name and site.full.get(name)) for slot, name in pattern.returned.items())
         with graph.inserting_before(site.call):
             site.split = graph.call_function(split_hidden, (site.draw, hidden, pattern.batch_first))
             rest = graph.call_function(operator.getitem, (site.split, 0))
             kept = graph.call_function(operator.getitem, (site.split, 1))
         site.replace_argument(pattern.hidden, kept)
         with graph.inserting_after(site.call):
-            site.merge = graph.call_function(
-                merge_output, (site.draw, rest, site.call, pattern.output, pattern.batch_first)
-            )
+            further = (returned, pattern.dropped) if returned or pattern.dropped else ()
+            args = (site.draw, rest, site.call, pattern.output, pattern.batch_first, *further)
+            site.merge = graph.call_function(merge_output, args)
         for user in list(site.call.users):
             if user is not site.merge:
                 user.replace_input_with(site.call, site.merge)

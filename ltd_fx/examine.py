@@ -1,0 +1,126 @@
+"""From example inputs to proven patterns: probe, infer, prove."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.find import Layer
+from ltd_fx.infer import infer_pattern, per_head, with_positions
+from ltd_fx.observe import Call, describe, observe, observe_values
+from ltd_fx.patterns import LayerPattern
+from ltd_fx.probe import Probe, batch_probes, by_name, length_probes
+from ltd_fx.verify import Proof, prove
+
+# Enough to tell any two ways of routing apart.
+_TOKENS, _SEQUENCES = 24, 3
+
+
+class Examination:
+    """A model seen through its example inputs.
+
+    Shapes are learnt under fake tensors, where the model runs on them; values (masks, rotary tables) come from a
+    forward on a few tokens of a few sequences, where the inputs can be narrowed to them.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
+        self._model, self._inputs = model, inputs
+        self._slots = {layer.name: layer.slot for layer in layers}
+        self._fake = True
+        try:
+            self.calls = observe(model, self._slots, describe(*inputs))
+        except LTDError:
+            self._fake = False
+            self.calls = observe(model, self._slots, inputs, fake=False)
+        self.first_calls = by_name(self.calls)
+        self._probes = cache(self._probe)
+        self._values = cache(self._observe_values)
+
+    def _forward(self, inputs: Any) -> Mapping[str, Call]:
+        return by_name(observe(self._model, self._slots, inputs, fake=self._fake))
+
+    def _probe(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
+        inputs = describe(*self._inputs) if self._fake else self._inputs
+        lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
+        return lengths, batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
+
+    def _observe_values(self, seq_dim: int) -> Mapping[str, Call]:
+        lengths, batches = self._probes(seq_dim)
+        small = self._inputs
+        for probe, most in [*((p, _TOKENS) for p in lengths), *((p, _SEQUENCES) for p in batches[:1])]:
+            small = probe.edit.resize(small, min(probe.edit.size, most))
+        try:
+            return observe_values(self._model, self._slots, *small)
+        except LTDError:
+            return observe_values(self._model, self._slots, *self._inputs)
+
+    def examine(self, layer: Layer, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
+        """The layer's pattern, inferred where none is known, and its proof.
+
+        Raises:
+            LTDError: the layer was never called, or nothing about it can be inferred.
+
+        """
+        if layer.name not in self.first_calls:
+            raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
+        best: tuple[LayerPattern, Proof] | None = None
+        for pattern in self._hypotheses(layer):
+            call = self._values(int(pattern.batch_first))[layer.name]
+            proof = prove(layer.name, layer.slot, type(layer.module), pattern, call, shared=shared, protected=protected)
+            if proof.status == "verified":
+                return pattern, proof
+            # of several failures, one of ours tells the remedy
+            if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
+                best = pattern, proof
+        assert best is not None
+        return best
+
+    def accept(self, layer: Layer, *, shared: bool, protected: int) -> tuple[Layer, Proof]:
+        """As :meth:`examine`, but a layer that may not be routed is refused.
+
+        Raises:
+            LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
+
+        """
+        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        if proof.status == "wrong" or (proof.status != "verified" and layer.pattern is None):
+            remedy = "leave it out with transform(..., layers=...), or register a LayerPattern for its class"
+            if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "verified":
+                remedy = "it is right with sampling='shared'"
+            size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
+            raise LTDError(
+                f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed, {proof.status}: {proof.reason}{size}; "
+                f"{remedy}"
+            )
+        return replace(layer, pattern=pattern), proof
+
+    def _hypotheses(self, layer: Layer) -> Iterator[LayerPattern]:
+        """The known pattern; or those that could be, the likeliest first."""
+        if layer.pattern is not None:
+            yield layer.pattern
+            return
+        seen: list[LayerPattern] = []
+        failure: LTDError | None = None
+        for seq_dim in (1, 0):
+            lengths, batches = self._probes(seq_dim)
+            ways: list[Probe | None] = [*batches] or [None]
+            for batch in ways:
+                for near in (False,) if lengths else (False, True):
+                    call = self.first_calls[layer.name]
+                    try:
+                        pattern = infer_pattern(
+                            layer.name, type(layer.module), call, lengths, batch, seq_dim, near=near
+                        )
+                    except LTDError as error:
+                        failure = failure or error
+                        continue
+                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(layer.module))):
+                        if hypothesis not in seen:
+                            seen.append(hypothesis)
+                            yield hypothesis
+        if not seen:
+            assert failure is not None
+            raise failure

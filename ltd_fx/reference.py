@@ -1,0 +1,166 @@
+"""What a routed layer must equal: the dense layer with attention to its dropped tokens blocked.
+
+Nothing here knows how a layer is routed, what its mask argument is, or how it computes attention: that a score involves
+a dropped token is seen from its value, which changes when the dropped tokens do.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_MAX_SOFTMAXES = 16
+# Masks add the lowest number of some dtype; no score is as low.
+_MASKED = -1e4
+
+
+class NotVerifiableError(Exception):
+    """The dense layer's attention to dropped tokens cannot be blocked; the message says why."""
+
+
+class PlainAttention(TorchFunctionMode):
+    """Fused attention as matmul and softmax, whatever backends the layer asks for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+    return weights @ value
+
+
+class Scores(TorchDispatchMode):
+    """Blocks scores in the first softmaxes of a layer, and keeps those of the next one, ``[..., queries, keys]``.
+
+    Casts from float64 to float32 (in norms, rotary embeddings and softmaxes) are left out, so that a difference is not
+    taken for rounding, nor rounding for a difference.
+    """
+
+    def __init__(self, blocked: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.blocked = blocked
+        self.count = 0
+        self.scores: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")}
+        if func not in _SOFTMAX:
+            return func(*args, **kwargs)
+        scores, dim, *rest = args
+        if self.count < len(self.blocked):
+            blocked = self.blocked[self.count].movedim(-1, dim)
+            scores = scores.masked_fill(blocked, -torch.inf)
+        elif self.count == len(self.blocked):
+            self.scores = scores.movedim(dim, -1).clone()
+        self.count += 1
+        return func(scores, dim, *rest, **kwargs)
+
+
+class Reference(NamedTuple):
+    """A dense layer with attention to the dropped tokens blocked.
+
+    Attributes:
+        outputs: the hidden states ``[B, S, D]``, then any further tensors.
+        other: the same with other dropped tokens; equal at the kept rows if nothing lets them see the dropped ones.
+        blind: ``[B, S]`` bool, where a token can attend to nothing (its mask leaves it dropped ones at most).
+        mixes: whether any attention to a dropped token was there to be blocked.
+
+    """
+
+    outputs: list[Tensor]
+    other: list[Tensor]
+    blind: Tensor
+    mixes: bool
+
+
+def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept: Tensor) -> Reference:
+    """Run a dense layer with attention to the dropped tokens blocked.
+
+    Softmax by softmax, in order of execution: as long as all earlier ones are blocked, a score differs between two
+    runs that differ in the dropped tokens only if its query or its key is a dropped token. Those scores are blocked.
+
+    Args:
+        call: hidden states to output tensors, the hidden states first.
+        hidden: ``[B, S, D]``.
+        kept: ``[B, S]`` bool.
+
+    Raises:
+        NotVerifiableError: too many softmaxes, or their number depends on the values.
+
+    """
+    # each dropped token becomes another token of its sequence, halved
+    other = torch.where(kept[..., None], hidden, hidden.roll(1, dims=1) / 2)
+    blind = torch.zeros_like(kept)
+    blocked: list[Tensor] = []
+    while True:
+        first, ours = _run(call, hidden, blocked)
+        second, theirs = _run(call, other, blocked)
+        if first.count != second.count or first.count > _MAX_SOFTMAXES:
+            raise NotVerifiableError(f"it runs {first.count} and {second.count} softmaxes on inputs of the same shapes")
+        if first.scores is None or second.scores is None:
+            return Reference(ours, theirs, blind, any(bool(b.any()) for b in blocked))
+        changed = _changed(first.scores, second.scores)
+        blind |= _blind(first.scores, changed, *kept.shape)
+        # a dropped query's whole row changes; its output is read by nobody, but must stay finite
+        blocked.append(changed & ~(changed | first.scores.isneginf()).all(-1, keepdim=True))
+
+
+def _run(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, blocked: list[Tensor]) -> tuple[Scores, list[Tensor]]:
+    with Scores(blocked) as mode:
+        outputs = run_plain(call, hidden)
+    return mode, outputs
+
+
+def run_plain(call: Callable[[Tensor], list[Tensor]], hidden: Tensor) -> list[Tensor]:
+    """Run a layer with every softmax in plain sight."""
+    # with gradients enabled: without, torch takes fused paths that hide the scores
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), PlainAttention():
+        return call(hidden)
+
+
+def _changed(scores: Tensor, other: Tensor) -> Tensor:
+    visible = scores.masked_fill(scores <= _MASKED, 0)
+    scale = visible.nan_to_num().abs().max() if visible.numel() else torch.zeros(())
+    difference = scores - other
+    if scores.numel() and bool((scores.amax(-1) == 0).all()):
+        # the layer subtracted each row's maximum, which may be a dropped key's: compare with the token's own score
+        own = difference.diagonal(dim1=-2, dim2=-1)
+        difference = difference - own.unsqueeze(-1) if own.shape[-1] == scores.shape[-2] else difference
+    return difference.abs() > 64 * torch.finfo(scores.dtype).eps * scale
+
+
+def _blind(scores: Tensor, changed: Tensor, batch: int, seq_len: int) -> Tensor:
+    """The queries to which the mask, or the block, leaves nothing; dropped ones among them."""
+    if scores.ndim < 3 or scores.shape[-2] != seq_len or scores.shape[0] % batch:
+        return torch.zeros(batch, seq_len, dtype=torch.bool, device=scores.device)
+    nothing = ((scores <= _MASKED) | changed).all(-1)
+    return nothing.reshape(batch, -1, seq_len).any(1)

@@ -1,0 +1,258 @@
+"""Prove a routed layer: it must equal the dense layer with attention to the dropped tokens blocked.
+
+Proofs are about how a layer is routed, not about its weights. They run on a copy with random weights and hidden states
+of ordinary size, since a freshly initialised layer (attention logits near zero, gates at zero) would agree with
+anything; in float64, so that what differs, differs by far more than rounding.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltd_fx.draw import Site
+from ltd_fx.errors import LTDError
+from ltd_fx.observe import Call, is_stream
+from ltd_fx.patterns import LayerPattern, forward_signature
+from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_plain
+from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.state import RouteState
+from ltd_fx.tree import items_of, leaves, map_tensors
+
+# Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
+_POOL = 65537
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found for one routed layer.
+
+    Attributes:
+        name: fully qualified name.
+        layer_class: name of its class.
+        status: ``"verified"``; ``"wrong"``: kept rows differ or the layer fails on fewer tokens; ``"not verifiable"``:
+            the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
+        error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
+        reason: why it is not verified.
+
+    """
+
+    name: str
+    layer_class: str
+    status: str
+    error: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The proofs of all routed layers, in order; ``str()`` is a table."""
+
+    sites: list[Proof]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every site is verified."""
+        return all(site.status == "verified" for site in self.sites)
+
+    def __str__(self) -> str:
+        width = max(len(site.name) for site in self.sites)
+        lines = []
+        for site in self.sites:
+            error = "" if site.error is None else f"{site.error:.1e}"
+            lines.append(f"{site.name:{width}}  {site.status:14}  {error:7}  {site.reason}".rstrip())
+        verified = sum(site.status == "verified" for site in self.sites)
+        return "\n".join([*lines, f"{verified} of {len(self.sites)} routed layers verified"])
+
+
+def prove(
+    name: str,
+    slot: nn.Module,
+    layer_class: type[nn.Module],
+    pattern: LayerPattern,
+    call: Call | None,
+    *,
+    shared: bool = False,
+    protected: int = 0,
+    atol: float = 1e-4,
+) -> Proof:
+    """Compare a routed layer with its dense reference, on half of the tokens.
+
+    Args:
+        name: the layer's.
+        slot: the layer, routed or not, or the checkpoint wrapper around it. It is copied and stays as it is.
+        layer_class: whose ``forward`` tells the arguments.
+        pattern: how it is routed.
+        call: the arguments it is called with, as values; ``None`` if it is not called.
+        shared: one draw for the batch.
+        protected: so many first tokens are always kept.
+        atol: the largest error relative to the reference's largest value.
+
+    """
+    layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else layer_class
+    if call is None:
+        return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
+    reason = ""
+    for dtype in (torch.float64, torch.float32):  # some kernels know no float64
+        try:
+            errors = [_error(slot, layer_class, pattern, call, dtype, atol, draw, shared, protected) for draw in (1, 2)]
+        except NotVerifiableError as error:
+            return Proof(name, layer_class.__name__, "not verifiable", None, str(error))
+        except _WrongError as error:
+            return Proof(name, layer_class.__name__, "wrong", error.size, str(error))
+        except Exception as error:
+            reason = f"the dense layer fails: {type(error).__name__}: {error}"
+            continue
+        return Proof(name, layer_class.__name__, "verified", max(errors))
+    return Proof(name, layer_class.__name__, "not verifiable", None, reason)
+
+
+class _WrongError(Exception):
+    def __init__(self, reason: str, size: float | None = None) -> None:
+        super().__init__(reason)
+        self.size = size
+
+
+def _error(
+    slot: nn.Module,
+    layer_class: type[nn.Module],
+    pattern: LayerPattern,
+    call: Call,
+    dtype: torch.dtype,
+    atol: float,
+    draw: int,
+    shared: bool,
+    protected: int,
+) -> float:
+    """The relative error of one draw.
+
+    Raises:
+        NotVerifiableError: there is nothing to compare with.
+        _WrongError: the routed layer differs, or fails.
+
+    """
+    signature = forward_signature(layer_class)
+    given: Any = signature.bind(*call.args, **call.kwargs).arguments.get(pattern.hidden)
+    if not is_stream(given):
+        raise _WrongError(f"{pattern.hidden!r} is not a 3-D floating-point tensor")
+    shape = given.shape if pattern.batch_first else (given.shape[1], given.shape[0], given.shape[2])
+    indices = _draw(shape[0], shape[1], shared, protected, draw).to(given.device)
+    kept = torch.zeros(shape[:2], dtype=torch.bool, device=given.device)
+    kept = kept.scatter(1, indices.expand(shape[0], -1), True)
+    layer = _random_copy(slot, dtype, seed=draw)
+    noise = torch.Generator().manual_seed(draw)
+    hidden, stranger = (torch.randn(shape, generator=noise, dtype=dtype).to(given.device) for _ in range(2))
+
+    def run(hidden: Tensor) -> list[Tensor]:
+        bound = signature.bind(*call.args, **call.kwargs)
+        bound.arguments[pattern.hidden] = hidden if pattern.batch_first else hidden.transpose(0, 1)
+        if pattern.cache in bound.arguments:
+            bound.arguments[pattern.cache] = None
+        bound.arguments.update(map_tensors(partial(_cast, dtype), dict(bound.arguments)))
+        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False):
+            return _outputs(layer(*bound.args, **bound.kwargs), pattern)
+
+    reference, other, blind, mixes = dense_reference(run, hidden, kept)
+    seen = kept & ~blind
+    along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
+    if _difference(other, reference, seen) > atol:
+        raise NotVerifiableError(
+            "kept tokens see dropped ones by other ways than softmax attention (a convolution, a state, a fused or "
+            "linear attention)"
+        )
+    if not mixes:
+        raise NotVerifiableError(f"no token attends to another along {along}; is that the sequence?")
+    if shape[0] > 1:
+        stranger[1:] = hidden[1:]
+        if _difference([run_plain(run, stranger)[0][1:]], [run_plain(run, hidden)[0][1:]], seen[1:]) > atol:
+            raise _WrongError(f"sequences see each other; {along} is not the only one that carries tokens")
+    try:
+        swap_class(layer, routed_class(type(layer), layer_class, pattern), _site(layer, indices, protected))
+        with Scores([]):
+            routed = run_plain(run, hidden)
+    except LTDError as error:
+        raise _WrongError(str(error).removeprefix("ltd_fx: ")) from error
+    except Exception as error:
+        raise _WrongError(f"on fewer tokens it fails: {type(error).__name__}: {error}") from error
+    if [t.shape for t in routed] != [t.shape for t in reference]:
+        raise _WrongError("its outputs have other shapes than the dense layer's")
+    if not torch.equal(routed[0][~kept], hidden[~kept]):
+        raise _WrongError("dropped tokens do not pass unchanged")
+    size = _difference(routed, reference, seen)
+    if 4 * seen.sum() < kept.sum() or not math.isfinite(size):
+        raise NotVerifiableError("too few tokens can attend to others, or they are not finite")
+    if size > atol:
+        raise _WrongError("kept tokens differ from the dense layer's", size)
+    return size
+
+
+def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _draw(batch: int, seq_len: int, shared: bool, protected: int, seed: int) -> Tensor:
+    """``[B | 1, k]``: half of the tokens at first, then a third, but at least two and never all."""
+    keep = max(seq_len // (1 + seed), 2, protected + 1)
+    if keep >= seq_len or seq_len < 4:
+        raise NotVerifiableError(f"{seq_len} tokens ({protected} protected) are too few to drop some")
+    order = torch.rand(1 if shared else batch, seq_len, generator=torch.Generator().manual_seed(seed))
+    order[:, :protected] = -1
+    return order.argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
+def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
+    state = RouteState(None, seed=0, shared=indices.shape[0] == 1, routed=1, dense=0)
+    state.protected = protected
+    site = Site("the layer", 0, layer, state)
+    site.fixed = indices
+    return site
+
+
+def _random_copy(slot: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
+    layer = copy.deepcopy(slot)
+    if isinstance(layer, RoutedLayer):
+        swap_back(layer)
+    for module in layer.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
+            hooks.clear()
+    layer = layer.to(dtype).eval()
+    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = pool.repeat(-(-parameter.numel() // _POOL))[: parameter.numel()].view(parameter.shape)
+            noise = noise.to(parameter.device)
+            if parameter.ndim < 2:
+                parameter.add_(noise, alpha=0.3)
+            else:
+                parameter.copy_(noise * (1.5 / math.sqrt(max(parameter.shape[-2:]))))
+    return layer
+
+
+def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
+    """The hidden states ``[B, S, D]`` of a layer's output, then its further tensors."""
+    items = items_of(output) or [output]
+    slot = 0 if isinstance(output, Tensor) or pattern.output is None else pattern.output
+    if slot >= len(items) or not isinstance(items[slot], Tensor):
+        raise LTDError(f"its LayerPattern says output={pattern.output}, but it returned a {type(output).__name__}")
+    hidden = items[slot]
+    others = (leaf for i, item in enumerate(items) if i != slot and i not in pattern.dropped for leaf in leaves(item))
+    rest = [t for t in others if isinstance(t, Tensor) and t.is_floating_point()]
+    return [hidden if pattern.batch_first else hidden.transpose(0, 1), *rest]
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor], rows: Tensor) -> float:
+    """The largest difference relative to the largest value, over ``rows`` of the hidden states and all else."""
+    worst = 0.0
+    pairs = [(ours[0][rows], theirs[0][rows]), *zip(ours[1:], theirs[1:], strict=True)]
+    for a, b in pairs:
+        if a.numel() == 0:
+            continue
+        scale = b.detach().abs().max().item() or 1.0
+        worst = max(worst, ((a - b).detach().abs().max() / scale).nan_to_num(math.inf).item())
+    return worst
