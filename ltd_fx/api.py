@@ -130,7 +130,7 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
     """
     root, rewrite = find_rewrite(model)
     inputs = split_inputs(example_inputs)
-    if rewrite.state.pending is not None:
+    if rewrite.pending is not None:
         install(root, rewrite, inputs)
     calls = observe_values(root, {layer.name: layer.slot for layer in rewrite.layers}, *inputs)
     proofs = [
@@ -162,4 +162,4 @@ def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
 
     """
     root, rewrite = find_rewrite(model)
-    return replay.sampled_indices(root, rewrite.sites)
+    return replay.sampled_indices(root, rewrite.state, rewrite.sites)

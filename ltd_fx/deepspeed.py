@@ -15,7 +15,7 @@ from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.patterns import LayerPattern, align_attention_mask, find_pattern_maybe, forward_signature
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import RoutedLayer, routed_class, swap_class
-from ltd_fx.state import RouteState, watch_forwards
+from ltd_fx.state import RouteState, add_root_hook
 from ltd_fx.weights import clean_state_dict, without_components
 
 _COMPONENT = "random_ltd_layer"
@@ -169,7 +169,7 @@ def convert_to_random_ltd(
         if scheduler is not None and i in ids:
             wrapper.init_config(config, scheduler, i)
     if scheduler is not None and scheduler._state is not None:
-        watch_forwards(inner, scheduler._state)
+        add_root_hook(inner, scheduler._state.begin_forward)
     return model
 
 

@@ -132,6 +132,8 @@ def rank_tokens(
         return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
     positions = torch.arange(seq_len, device=device)
     first = positions < protect if isinstance(protect, int) else protect(positions)
+    if not isinstance(first, Tensor) or first.shape != positions.shape or first.dtype != torch.bool:
+        raise LTDError(f"ltd_fx.transform: protect must return a bool tensor like its positions [S], got {first!r}")
     return -first.to(torch.int64)[None]
 
 

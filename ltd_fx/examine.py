@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ltd_fx.alike import likeness, shapes
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
@@ -16,7 +17,7 @@ from ltd_fx.probe import Probe, batch_probes, by_name, length_probes
 from ltd_fx.verify import Proof, prove
 
 # Enough to tell any two ways of routing apart.
-_TOKENS, _SEQUENCES = 24, 3
+_TOKENS, _SEQUENCES = 12, 2
 
 
 class Examination:
@@ -29,18 +30,33 @@ class Examination:
     def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
         self._model, self._inputs = model, inputs
         self._slots = {layer.name: layer.slot for layer in layers}
+        self._kinds = {layer.name: (layer.pattern, likeness(layer.slot)) for layer in layers}
         self._fake = True
         try:
-            self.calls = observe(model, self._slots, describe(*inputs))
+            self.calls = observe(model, self._slots, describe(*inputs), kinds=self._kinds)
         except LTDError:
             self._fake = False
             self.calls = observe(model, self._slots, inputs, fake=False)
         self.first_calls = by_name(self.calls)
+        self._samples = self._pick(layers)
         self._probes = cache(self._probe)
         self._values = cache(self._observe_values)
 
+    def _pick(self, layers: list[Layer]) -> dict[str, str]:
+        """For each called layer the one whose proof is its own: of layers alike and called alike, the first two."""
+        picked: dict[Any, list[str]] = {}
+        samples = {}
+        for layer in layers:
+            if layer.name in self.first_calls:
+                call = self.first_calls[layer.name]
+                same = picked.setdefault((self._kinds[layer.name], shapes(call.args, call.kwargs)), [])
+                if len(same) < 2:
+                    same.append(layer.name)
+                samples[layer.name] = same[-1]
+        return samples
+
     def _forward(self, inputs: Any) -> Mapping[str, Call]:
-        return by_name(observe(self._model, self._slots, inputs, fake=self._fake))
+        return by_name(observe(self._model, self._slots, inputs, fake=self._fake, kinds=self._kinds))
 
     def _probe(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
         inputs = describe(*self._inputs) if self._fake else self._inputs
@@ -52,10 +68,11 @@ class Examination:
         small = self._inputs
         for probe, most in [*((p, _TOKENS) for p in lengths), *((p, _SEQUENCES) for p in batches[:1])]:
             small = probe.edit.resize(small, min(probe.edit.size, most))
+        slots = {name: self._slots[name] for name in self._samples.values()}
         try:
-            return observe_values(self._model, self._slots, *small)
+            return observe_values(self._model, slots, *small)
         except LTDError:
-            return observe_values(self._model, self._slots, *self._inputs)
+            return observe_values(self._model, slots, *self._inputs)
 
     def examine(self, layer: Layer, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
         """The layer's pattern, inferred where none is known, and its proof.
@@ -67,16 +84,36 @@ class Examination:
         if layer.name not in self.first_calls:
             raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
         best: tuple[LayerPattern, Proof] | None = None
+        failure: LTDError | None = None
         for pattern in self._hypotheses(layer):
             call = self._values(int(pattern.batch_first))[layer.name]
-            proof = prove(layer.name, layer.slot, type(layer.module), pattern, call, shared=shared, protected=protected)
+            how = (layer.name, layer.slot, type(layer.module), pattern, call)
+            try:
+                proof = prove(*how, shared=shared, protected=protected)
+            except LTDError as error:
+                failure = failure or error
+                continue
             if proof.status == "verified":
                 return pattern, proof
             # of several failures, one of ours tells the remedy
             if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
                 best = pattern, proof
-        assert best is not None
+        if best is None:
+            assert failure is not None
+            raise failure
         return best
+
+    def accept_all(self, layers: list[Layer], *, shared: bool, protected: int) -> list[tuple[Layer, Proof]]:
+        """As :meth:`accept`; layers that are alike and called alike are proven by two of them."""
+        accepted: dict[str, tuple[Layer, Proof]] = {}
+        for layer in layers:
+            sample = self._samples.get(layer.name, layer.name)
+            if sample == layer.name:
+                accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
+            else:
+                like, proof = accepted[sample]
+                accepted[layer.name] = replace(layer, pattern=like.pattern), replace(proof, name=layer.name)
+        return list(accepted.values())
 
     def accept(self, layer: Layer, *, shared: bool, protected: int) -> tuple[Layer, Proof]:
         """As :meth:`examine`, but a layer that may not be routed is refused.
@@ -87,13 +124,16 @@ class Examination:
         """
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         if proof.status == "wrong" or (proof.status != "verified" and layer.pattern is None):
-            remedy = "leave it out with transform(..., layers=...), or register a LayerPattern for its class"
+            what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
             if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "verified":
-                remedy = "it is right with sampling='shared'"
+                raise LTDError(
+                    f"{what} where each sequence keeps tokens of its own: it shares a table among all sequences; pass "
+                    "sampling='shared'"
+                )
             size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
             raise LTDError(
-                f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed, {proof.status}: {proof.reason}{size}; "
-                f"{remedy}"
+                f"{what}, {proof.status}: {proof.reason}{size}; leave it out with transform(..., layers=...), or "
+                "register a LayerPattern for its class"
             )
         return replace(layer, pattern=pattern), proof
 
@@ -121,6 +161,5 @@ class Examination:
                         if hypothesis not in seen:
                             seen.append(hypothesis)
                             yield hypothesis
-        if not seen:
-            assert failure is not None
+        if failure is not None:
             raise failure

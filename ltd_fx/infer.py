@@ -135,9 +135,10 @@ class _Reader:
                 for i, item in enumerate(items)
             ]
             tensors = [e for e, item in zip(entries, items, strict=True) if any(map(_follows, leaves(item)))]
-            if all(e == tensors[0] for e in tensors):
+            alone = all(leaf is None or _follows(leaf) for leaf in leaves(value))
+            if alone and all(e == tensors[0] for e in tensors):
                 return tensors[0] if tensors else ()
-            return tuple(e or None for e in entries)
+            return tuple(e or None for e in entries) if any(entries) else ()
         if isinstance(value, BlockMask):
             return (2, 3)
         if not isinstance(value, Tensor):
@@ -151,10 +152,11 @@ class _Reader:
             prefix = self._prefix(argument, value, column)
             if prefix is not None:
                 dims[dim] = prefix
-        if 0 in dims.values():  # rows that are all tokens' decide, where lengths had to be guessed
-            dims = {dim: prefix for dim, prefix in dims.items() if prefix == 0 or len(self.sizes) > 1}
         if not dims:
             return ()
+        if len(self.sizes) == 1:  # where lengths have to be guessed, the nearest
+            nearest = min(dims.values(), key=abs)
+            dims = {dim: prefix for dim, prefix in dims.items() if prefix == nearest}
         if len(set(dims.values())) > 1:
             raise LTDError(
                 f"ltd_fx: {self.name}: argument {argument!r} of shape {tuple(value.shape)} follows the {self.sizes[0]} "
@@ -209,7 +211,13 @@ def _outputs(
     if items is None:
         return 0, {}, ()
     shape = arguments[hidden].shape
-    slots = [i for i, item in enumerate(items) if isinstance(item, Tensor) and item.shape == shape]
+    given = {id(value) for value in arguments.values()}
+    slots = [i for i, t in enumerate(items) if isinstance(t, Tensor) and t.shape == shape and id(t) not in given]
+    if len(slots) > 1:
+        raise LTDError(
+            f"ltd_fx: {call.name}: slots {slots} of its output are all as large as the hidden states; say which "
+            "holds them with register_pattern(..., LayerPattern(output=...))"
+        )
     slot = slots[0] if slots else 0
     returned: dict[int, str | None] = {}
     dropped: list[int] = []

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +19,7 @@ from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.site import SITE, RoutedLayer, routed_class, swap_back, swap_class
-from ltd_fx.state import RouteState, watch_forwards
+from ltd_fx.state import RouteState, add_root_hook
 
 _REWRITE = "_ltd_rewrite"
 
@@ -32,6 +33,7 @@ class Rewrite:
     sites: list[Site]  # empty until installed
     entries: list[CallSite]
     hook: RemovableHandle | None = None
+    pending: RemovableHandle | None = None  # while patterns are to be inferred at the first training forward
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
 
@@ -112,11 +114,23 @@ def attach(
     if unknown is None or example_inputs is not None:
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
-        state.pending = lambda args, kwargs: install(model, rewrite, (args, kwargs))
-    rewrite.hook = watch_forwards(model, state)
+        rewrite.pending = add_root_hook(model, _complete)
+    rewrite.hook = add_root_hook(model, state.begin_forward)
     model.__dict__[_REWRITE] = rewrite
     if state.scheduler is not None:
         state.scheduler._attach(state)
+
+
+def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose patterns are to be inferred."""
+    if not root.training:
+        return
+    if torch.compiler.is_compiling():
+        raise LTDError(
+            "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
+            "larger compiled program; pass example_inputs to ltd_fx.transform"
+        )
+    torch.compiler.disable(install)(root, root.__dict__[_REWRITE], (args, kwargs))
 
 
 def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
@@ -134,7 +148,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     state, layers, graph, proofs = rewrite.state, rewrite.layers, None, {}
     if inputs is not None:
         examination = Examination(model, layers, inputs)
-        accepted = [examination.accept(layer, shared=state.shared, protected=state.protected) for layer in layers]
+        accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
         graph = call_graph(examination.calls)
     sites = [Site(layer.name, i, layer.slot, state) for i, layer in enumerate(layers)]
@@ -155,7 +169,9 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         classes = [routed_class(type(layer.slot), type(layer.module), known(layer)) for layer in layers]
         for site, routed in zip(sites, classes, strict=True):
             swap_class(site.layer, routed, site)
-    state.pending = None
+    if rewrite.pending is not None:
+        rewrite.pending.remove()
+        rewrite.pending = None
     patterns = {layer.name: layer.pattern for layer in layers}
     rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
     rewrite.entries = [
@@ -180,8 +196,9 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
-    assert done.hook is not None
-    done.hook.remove()
+    for hook in (done.hook, done.pending):
+        if hook is not None:
+            hook.remove()
     del root.__dict__[_REWRITE]
     if done.state.scheduler is not None:
         done.state.scheduler._attach(None)

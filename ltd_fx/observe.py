@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ltd_fx.alike import shapes
 from ltd_fx.errors import LTDError
+from ltd_fx.tree import map_tensors
 
 
 class Call(NamedTuple):
@@ -55,7 +58,7 @@ def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
         LTDError: the forward fails.
 
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet("torch._subclasses.fake_tensor"):
         args, kwargs = pytree.tree_map(
             lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device) if isinstance(s, TensorSpec) else s,
             (args, kwargs),
@@ -74,7 +77,14 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
         raise LTDError(f"ltd_fx: the model's forward {failing}: {type(error).__name__}: {error}") from error
 
 
-def observe(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, *, fake: bool = True) -> list[Call]:
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Any,
+    *,
+    fake: bool = True,
+    kinds: Mapping[str, Any] | None = None,
+) -> list[Call]:
     """The calls of ``layers`` in one forward, in order, in eval mode.
 
     Args:
@@ -82,18 +92,26 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, *, f
         layers: by fully qualified name.
         inputs: (args, kwargs), from :func:`describe` where ``fake``, else values.
         fake: on fake tensors.
+        kinds: layers of one kind (by name) give outputs of the same shapes, so the bodies of few need to run.
 
     Raises:
         LTDError: the forward fails.
 
     """
     calls: list[Call] = []
+    known: dict[Any, Call] = {}
 
     def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            kind = (kinds[name], shapes(args, kwargs)) if fake and kinds is not None else None
             try:
-                output = forward(*args, **kwargs)
+                output = (
+                    _like_output(known[kind], args, kwargs)
+                    if kind is not None and kind in known
+                    else forward(*args, **kwargs)
+                )
                 calls.append(Call(name, args, kwargs, output))
+                known.setdefault(kind, calls[-1])
             except (RuntimeError, NotImplementedError):
                 # a body that depends on values (which expert takes which token): go on, as if it returned its input
                 output = next((v for v in (*args, *kwargs.values()) if is_stream(v)), None)
@@ -110,6 +128,13 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, *, f
         else:
             _run(model, *inputs, failing="fails")
     return calls
+
+
+def _like_output(call: Call, args: Any, kwargs: Any) -> Any:
+    """What ``call`` returned, for other arguments of the same shapes: inputs handed on, or else new tensors."""
+    given, now = (pytree.tree_leaves((a, k)) for a, k in ((call.args, call.kwargs), (args, kwargs)))
+    handed = {id(old): new for old, new in zip(given, now, strict=True)}
+    return map_tensors(lambda t: handed.get(id(t), torch.empty_like(t)), call.output)
 
 
 class _Stop(BaseException):
@@ -142,6 +167,17 @@ def observe_values(model: nn.Module, layers: Mapping[str, nn.Module], args: Any,
 def is_stream(value: Any) -> bool:
     """Whether a value may be hidden states: a 3-D floating-point tensor."""
     return isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the log of a library that reports what we raise, or try another way."""
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 @contextmanager
@@ -180,25 +216,29 @@ def _preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     before = [dict(module.__dict__) for module in modules]
-    held = [{k: copy.copy(v) for k, v in d.items() if type(v) in (dict, OrderedDict, list, set)} for d in before]
+    classes = {base for module in modules for base in type(module).__mro__ if base is not nn.Module}
+    held = [
+        (value, copy.copy(value))
+        for attributes in (*before, *map(vars, classes))
+        for value in attributes.values()
+        if type(value) in (dict, OrderedDict, list, set)
+    ]
     try:
         with torch.random.fork_rng([]):
             yield
     finally:
-        for module, attributes, contents in zip(modules, before, held, strict=True):
+        for module, attributes in zip(modules, before, strict=True):
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for name, kept in contents.items():
-                container = attributes[name]
-                container.clear()
-                container.extend(kept) if isinstance(container, list) else container.update(kept)
-        for cached in _functools_caches(modules):
+        for container, kept in held:
+            container.clear()
+            container.extend(kept) if isinstance(container, list) else container.update(kept)
+        for cached in _functools_caches(modules, classes):
             cached.cache_clear()
 
 
-def _functools_caches(modules: list[nn.Module]) -> Iterator[Any]:
+def _functools_caches(modules: list[nn.Module], classes: set[type]) -> Iterator[Any]:
     """The caches of the modules, of their classes, and of the Python files that define these."""
-    classes = {base for module in modules for base in type(module).__mro__ if base is not nn.Module}
     files = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
     holders = [*modules, *classes, *(sys.modules[name] for name in files if name in sys.modules)]
     for holder in holders:

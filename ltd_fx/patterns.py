@@ -69,7 +69,10 @@ class LayerPattern:
         parameters = forward_signature(layer_class).parameters.values()
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        for role, name in (("hidden", self.hidden), ("cache", self.cache), *(("aligned", a) for a in self.aligned)):
+        roles = {"hidden": (self.hidden,), "cache": (self.cache,), "aligned": self.aligned}
+        for role, name in [(r, n) for r, ns in roles.items() for n in ns] + [
+            ("returned", n) for n in self.returned.values()
+        ]:
             if name is None or name in names:
                 continue
             if role == "aligned" and takes_any and not callable(self.aligned[name]):

@@ -1,5 +1,6 @@
 """Run a model at other lengths and batch sizes, to see what follows: which of its inputs to resize, found by trying."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ltd_fx.observe import Call, TensorSpec, is_stream
 
 # The decoder's side of an encoder-decoder, so that both lengths are told apart even where they are the same.
 _DECODER_SIDE = ("decoder", "labels", "tgt", "target")
+_MAX_SUBSETS_OF = 6
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,11 @@ def _groupings(inputs: Any, size: int) -> Iterator[list[list[int]]]:
     rest = [i for i in names if i not in decoder]
     if decoder and rest:
         yield [decoder, rest]
-    yield [list(names)]
-    for i in names:  # one whose size is the same by chance
-        yield [[other for other in names if other != i]]
-    yield [[i] for i in names]
+    # all, or without those whose size is the same by chance
+    fewest = 1 if len(names) <= _MAX_SUBSETS_OF else len(names) - 1
+    for count in range(len(names), fewest - 1, -1):
+        for subset in itertools.combinations(names, count):
+            yield [list(subset)]
 
 
 def _try(

@@ -23,12 +23,14 @@ class NotVerifiableError(Exception):
     """The dense layer's attention to dropped tokens cannot be blocked; the message says why."""
 
 
-class PlainAttention(TorchFunctionMode):
-    """Fused attention as matmul and softmax, whatever backends the layer asks for."""
+class PlainKernels(TorchFunctionMode):
+    """Fused attention as matmul and softmax, whatever backends the layer asks for; experts that know no float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").endswith("grouped_mm") and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -85,6 +87,13 @@ class Scores(TorchDispatchMode):
         return func(scores, dim, *rest, **kwargs)
 
 
+def _grouped_mm(rows: Tensor, experts: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Mixtures of experts: ``rows`` ``[T, in]``, sorted by expert, each times its ``[in, out]``."""
+    ends = offs.tolist()
+    parts = [rows[start:end] @ expert for start, end, expert in zip([0, *ends], ends, experts, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], experts.shape[-1])])
+
+
 class Reference(NamedTuple):
     """A dense layer with attention to the dropped tokens blocked.
 
@@ -92,14 +101,14 @@ class Reference(NamedTuple):
         outputs: the hidden states ``[B, S, D]``, then any further tensors.
         other: the same with other dropped tokens; equal at the kept rows if nothing lets them see the dropped ones.
         blind: ``[B, S]`` bool, where a token can attend to nothing (its mask leaves it dropped ones at most).
-        mixes: whether any attention to a dropped token was there to be blocked.
+        unblocked: the outputs with nothing blocked.
 
     """
 
     outputs: list[Tensor]
     other: list[Tensor]
     blind: Tensor
-    mixes: bool
+    unblocked: list[Tensor]
 
 
 def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept: Tensor) -> Reference:
@@ -121,13 +130,15 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
     other = torch.where(kept[..., None], hidden, hidden.roll(1, dims=1) / 2)
     blind = torch.zeros_like(kept)
     blocked: list[Tensor] = []
+    unblocked: list[Tensor] = []
     while True:
         first, ours = _run(call, hidden, blocked)
         second, theirs = _run(call, other, blocked)
+        unblocked = unblocked or ours
         if first.count != second.count or first.count > _MAX_SOFTMAXES:
             raise NotVerifiableError(f"it runs {first.count} and {second.count} softmaxes on inputs of the same shapes")
         if first.scores is None or second.scores is None:
-            return Reference(ours, theirs, blind, any(bool(b.any()) for b in blocked))
+            return Reference(ours, theirs, blind, unblocked)
         changed = _changed(first.scores, second.scores)
         blind |= _blind(first.scores, changed, *kept.shape)
         # a dropped query's whole row changes; its output is read by nobody, but must stay finite
@@ -143,7 +154,7 @@ def _run(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, blocked: list[T
 def run_plain(call: Callable[[Tensor], list[Tensor]], hidden: Tensor) -> list[Tensor]:
     """Run a layer with every softmax in plain sight."""
     # with gradients enabled: without, torch takes fused paths that hide the scores
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), PlainAttention():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), PlainKernels():
         return call(hidden)
 
 
@@ -152,10 +163,12 @@ def _changed(scores: Tensor, other: Tensor) -> Tensor:
     scale = visible.nan_to_num().abs().max() if visible.numel() else torch.zeros(())
     difference = scores - other
     if scores.numel() and bool((scores.amax(-1) == 0).all()):
-        # the layer subtracted each row's maximum, which may be a dropped key's: compare with the token's own score
-        own = difference.diagonal(dim1=-2, dim2=-1)
-        difference = difference - own.unsqueeze(-1) if own.shape[-1] == scores.shape[-2] else difference
-    return difference.abs() > 64 * torch.finfo(scores.dtype).eps * scale
+        # The layer subtracted each row's maximum, which may be a dropped key's: compare with the attention sink's score
+        # behind all keys, or else with the token's own.
+        queries, keys = scores.shape[-2:]
+        same = difference[..., -1] if keys > queries else difference.diagonal(dim1=-2, dim2=-1)
+        difference = difference - same.unsqueeze(-1) if same.shape[-1] == queries else difference
+    return difference.abs() > 4 * torch.finfo(scores.dtype).eps * scale
 
 
 def _blind(scores: Tensor, changed: Tensor, batch: int, seq_len: int) -> Tensor:

@@ -6,17 +6,16 @@ from torch import Tensor, nn
 from ltd_fx.draw import Site, rank_tokens
 from ltd_fx.errors import LTDError
 from ltd_fx.observe import run_fake
-from ltd_fx.state import Forward
+from ltd_fx.state import Forward, RouteState
 
 
-def sampled_indices(root: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
+def sampled_indices(root: nn.Module, state: RouteState, sites: list[Site]) -> dict[str, Tensor]:
     """``[B, k]`` int64 per site. The sites' shapes come from a forward under fake tensors, their draws from the key.
 
     Raises:
         LTDError: no training forward was seen, or it does not run on fake tensors.
 
     """
-    state = sites[0].state
     forward = state.last
     if forward is None:
         raise LTDError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
@@ -62,8 +63,6 @@ class RouteState:
         self.last: Forward | None = None
         # while replaying: (B, S) by site, collected instead of routing
         self.observed: dict[str, tuple[int, int]] | None = None
-        # what is left of the rewrite to do at the first training forward, from its arguments
-        self.pending: Callable[[Any, Any], None] | None = None
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
         self.begin_step(0 if scheduler is None else scheduler._step)
@@ -109,13 +108,6 @@ class RouteState:
         """Forward pre-hook of the root: the next key, for the forward that starts now."""
         if not root.training or self.observed is not None:
             return
-        if self.pending is not None:
-            if torch.compiler.is_compiling():
-                raise LTDError(
-                    "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is "
-                    "within a larger compiled program; pass example_inputs to ltd_fx.transform"
-                )
-            torch.compiler.disable(self.pending)(args, kwargs)
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
@@ -124,7 +116,7 @@ class RouteState:
             place = self.mask_place
             given = kwargs.get(self.protect, args[place] if place < len(args) else None)
             self.mask = given if isinstance(given, Tensor) else None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (self.mask is not None and is_functorch_wrapped_tensor(self.mask)):
             self.last = None
         else:
             torch.compiler.disable(self._remember)(args, kwargs)
@@ -190,13 +182,17 @@ class RouteState:
     def resume(self, position: Mapping[str, int]) -> None:
         self.set_forward(position["forward"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``torch.save(model)``: without the batch."""
+        return {**self.__dict__, "mask": None, "last": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""
         return self
 
 
-def watch_forwards(root: nn.Module, state: RouteState) -> RemovableHandle:
-    """Have ``root`` announce its forwards to ``state``."""
+def add_root_hook(root: nn.Module, hook: Any) -> RemovableHandle:
+    """Register a forward pre-hook ``(root, args, kwargs)`` that is no graph of its own."""
     # torch.compile(model) runs the root's hooks in frames of their own, outside the model's: not worth a graph
-    torch._dynamo.eval_frame.skip_code(RouteState.begin_forward.__code__)
-    return root.register_forward_pre_hook(state.begin_forward, with_kwargs=True)
+    torch._dynamo.eval_frame.skip_code(hook.__code__)
+    return root.register_forward_pre_hook(hook, with_kwargs=True)

@@ -92,6 +92,9 @@ def prove(
         protected: so many first tokens are always kept.
         atol: the largest error relative to the reference's largest value.
 
+    Raises:
+        LTDError: there are fewer than four tokens.
+
     """
     layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else layer_class
     if call is None:
@@ -99,14 +102,28 @@ def prove(
     reason = ""
     for dtype in (torch.float64, torch.float32):  # some kernels know no float64
         try:
-            errors = [_error(slot, layer_class, pattern, call, dtype, atol, draw, shared, protected) for draw in (1, 2)]
+            layer = _random_copy(slot, dtype)
+            how = (layer_class, pattern, call, dtype, atol, shared, protected)
+            results = [_error(layer, *how, draw) for draw in (1, 2)]
         except NotVerifiableError as error:
             return Proof(name, layer_class.__name__, "not verifiable", None, str(error))
+        except LTDError:
+            raise
         except _WrongError as error:
             return Proof(name, layer_class.__name__, "wrong", error.size, str(error))
         except Exception as error:
             reason = f"the dense layer fails: {type(error).__name__}: {error}"
             continue
+        errors, attends = zip(*results, strict=True)
+        if not any(attends):
+            along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
+            status, reason = "not verifiable", f"no token attends to another along {along}; is that the sequence?"
+            if pattern.dropped:
+                status, reason = (
+                    "wrong",
+                    "the hidden states it returns depend on no other token, and others are dropped",
+                )
+            return Proof(name, layer_class.__name__, status, max(errors), reason)
         return Proof(name, layer_class.__name__, "verified", max(errors))
     return Proof(name, layer_class.__name__, "not verifiable", None, reason)
 
@@ -118,17 +135,17 @@ class _WrongError(Exception):
 
 
 def _error(
-    slot: nn.Module,
+    layer: nn.Module,
     layer_class: type[nn.Module],
     pattern: LayerPattern,
     call: Call,
     dtype: torch.dtype,
     atol: float,
-    draw: int,
     shared: bool,
     protected: int,
-) -> float:
-    """The relative error of one draw.
+    draw: int,
+) -> tuple[float, bool]:
+    """The relative error of one draw, and whether a kept token attends to a dropped one in the dense layer.
 
     Raises:
         NotVerifiableError: there is nothing to compare with.
@@ -143,7 +160,6 @@ def _error(
     indices = _draw(shape[0], shape[1], shared, protected, draw).to(given.device)
     kept = torch.zeros(shape[:2], dtype=torch.bool, device=given.device)
     kept = kept.scatter(1, indices.expand(shape[0], -1), True)
-    layer = _random_copy(slot, dtype, seed=draw)
     noise = torch.Generator().manual_seed(draw)
     hidden, stranger = (torch.randn(shape, generator=noise, dtype=dtype).to(given.device) for _ in range(2))
 
@@ -156,38 +172,44 @@ def _error(
         with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False):
             return _outputs(layer(*bound.args, **bound.kwargs), pattern)
 
-    reference, other, blind, mixes = dense_reference(run, hidden, kept)
+    reference, other, blind, unblocked = dense_reference(run, hidden, kept)
     seen = kept & ~blind
-    along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
-    if _difference(other, reference, seen) > atol:
+    if not reference[0][seen].isfinite().all():
+        raise NotVerifiableError(f"its outputs are not finite in {dtype}")
+    if _difference(other[:1], reference[:1], seen) > atol:
         raise NotVerifiableError(
             "kept tokens see dropped ones by other ways than softmax attention (a convolution, a state, a fused or "
             "linear attention)"
         )
-    if not mixes:
-        raise NotVerifiableError(f"no token attends to another along {along}; is that the sequence?")
+    if _difference([hidden, *other[1:]], [hidden, *reference[1:]], seen) > atol:
+        raise _WrongError(
+            "a further output changes with the dropped tokens: correct `output`, or list it in `dropped` (in "
+            "`returned`, if it is an argument handed on)"
+        )
     if shape[0] > 1:
         stranger[1:] = hidden[1:]
-        if _difference([run_plain(run, stranger)[0][1:]], [run_plain(run, hidden)[0][1:]], seen[1:]) > atol:
-            raise _WrongError(f"sequences see each other; {along} is not the only one that carries tokens")
+        if _difference([run_plain(run, stranger)[0][1:]], [unblocked[0][1:]], seen[1:]) > atol:
+            raise _WrongError("sequences see each other: both dimensions of its hidden states carry tokens")
+    swap_class(layer, routed_class(type(layer), layer_class, pattern), _site(layer, indices, protected))
     try:
-        swap_class(layer, routed_class(type(layer), layer_class, pattern), _site(layer, indices, protected))
         with Scores([]):
             routed = run_plain(run, hidden)
     except LTDError as error:
         raise _WrongError(str(error).removeprefix("ltd_fx: ")) from error
     except Exception as error:
         raise _WrongError(f"on fewer tokens it fails: {type(error).__name__}: {error}") from error
+    finally:
+        swap_back(layer)
     if [t.shape for t in routed] != [t.shape for t in reference]:
         raise _WrongError("its outputs have other shapes than the dense layer's")
     if not torch.equal(routed[0][~kept], hidden[~kept]):
         raise _WrongError("dropped tokens do not pass unchanged")
     size = _difference(routed, reference, seen)
-    if 4 * seen.sum() < kept.sum() or not math.isfinite(size):
-        raise NotVerifiableError("too few tokens can attend to others, or they are not finite")
+    if 4 * seen.sum() < kept.sum():
+        raise NotVerifiableError("too few tokens can attend to others")
     if size > atol:
         raise _WrongError("kept tokens differ from the dense layer's", size)
-    return size
+    return size, _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps
 
 
 def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:
@@ -198,7 +220,10 @@ def _draw(batch: int, seq_len: int, shared: bool, protected: int, seed: int) -> 
     """``[B | 1, k]``: half of the tokens at first, then a third, but at least two and never all."""
     keep = max(seq_len // (1 + seed), 2, protected + 1)
     if keep >= seq_len or seq_len < 4:
-        raise NotVerifiableError(f"{seq_len} tokens ({protected} protected) are too few to drop some")
+        raise LTDError(
+            f"ltd_fx: hidden states of {seq_len} tokens ({protected} of them protected) are too short to prove how a "
+            "layer is routed; give longer example inputs (or is `batch_first` wrong?)"
+        )
     order = torch.rand(1 if shared else batch, seq_len, generator=torch.Generator().manual_seed(seed))
     order[:, :protected] = -1
     return order.argsort(dim=1)[:, :keep].sort(dim=1).values
@@ -212,7 +237,7 @@ def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
     return site
 
 
-def _random_copy(slot: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
+def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
     layer = copy.deepcopy(slot)
     if isinstance(layer, RoutedLayer):
         swap_back(layer)
@@ -220,18 +245,24 @@ def _random_copy(slot: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
             hooks.clear()
     layer = layer.to(dtype).eval()
-    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0), dtype=dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 continue
-            noise = pool.repeat(-(-parameter.numel() // _POOL))[: parameter.numel()].view(parameter.shape)
-            noise = noise.to(parameter.device)
+            noise = _fill(torch.empty(parameter.numel(), dtype=dtype), pool).view(parameter.shape).to(parameter.device)
             if parameter.ndim < 2:
                 parameter.add_(noise, alpha=0.3)
             else:
-                parameter.copy_(noise * (1.5 / math.sqrt(max(parameter.shape[-2:]))))
+                parameter.copy_(noise.mul_(1.5 / math.sqrt(max(parameter.shape[-2:]))))
     return layer
+
+
+def _fill(flat: Tensor, pool: Tensor) -> Tensor:
+    whole = flat.numel() // _POOL * _POOL
+    flat[:whole].view(-1, _POOL)[:] = pool
+    flat[whole:] = pool[: flat.numel() - whole]
+    return flat
 
 
 def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
@@ -239,7 +270,7 @@ def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
     items = items_of(output) or [output]
     slot = 0 if isinstance(output, Tensor) or pattern.output is None else pattern.output
     if slot >= len(items) or not isinstance(items[slot], Tensor):
-        raise LTDError(f"its LayerPattern says output={pattern.output}, but it returned a {type(output).__name__}")
+        raise _WrongError(f"its LayerPattern says output={pattern.output}, but it returned a {type(output).__name__}")
     hidden = items[slot]
     others = (leaf for i, item in enumerate(items) if i != slot and i not in pattern.dropped for leaf in leaves(item))
     rest = [t for t in others if isinstance(t, Tensor) and t.is_floating_point()]

@@ -22,7 +22,7 @@ REFUSED = {
     "no such name": ({"layers": ["blocks.9"]}, r"no layer 'blocks.9'; did you mean"),
     "bad regex": ({"layers": "("}, "not a regular expression"),
     "bad layers": ({"layers": 3}, "layers=3"),
-    "nested": ({"layers": r"blocks\.1(\.linear)?"}, "blocks.0.linear within blocks.1"),
+    "nested": ({"layers": r"blocks\.1(\.linear)?"}, "blocks.1.linear within blocks.1"),
     "no attention": (
         {"layers": nn.Linear, "skip_first": 0, "skip_last": 0, "example_inputs": (torch.zeros(2, 6, 8),)},
         r"blocks.0.linear \(Linear\) cannot be routed, not verifiable: no token attends.*register a LayerPattern",

@@ -7,9 +7,11 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ltd_fx.draw import Draw, Site, hidden_shape
 from ltd_fx.passes.locate import CallSite, call_sites
@@ -55,8 +57,11 @@ def _check_values(call: CallSite, site: Site) -> None:
     batch, seq_len = hidden_shape(site, hidden, call.target.pattern.batch_first)
     if seq_len < 2:
         return
-    with hidden.fake_mode:
-        draw = Draw(site, torch.empty((batch, seq_len // 2), dtype=torch.int64, device=hidden.device), batch, seq_len)
+    state = site.state
+    keep = max(seq_len // 2, min(state.protected, seq_len))
+    with hidden.fake_mode if isinstance(hidden, FakeTensor) else nullcontext():
+        indices = torch.arange(keep, device=hidden.device).expand(1 if state.shared else batch, keep)
+        draw = Draw(site, indices, batch, seq_len, state.protected)
         for node in call.call.all_input_nodes:
             if node.op == "call_function" and node.args and node.args[0] is call.draw:
                 assert callable(node.target)

@@ -1,0 +1,74 @@
+"""What becomes of every model of the zoo: right, with its error, or refused, with the reason.
+
+``python -m zoo.table docs/models.md`` (from ``tests/``) writes the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import ltd_fx
+
+from . import ENTRIES
+from .entry import Entry
+
+_HEAD = """# Which models are routed right
+
+Every row is a model class with random weights, small, transformed with `example_inputs` and no code written for it.
+*Right*: every routed layer equals the dense layer with attention to the dropped tokens blocked; the error is the
+largest difference of the kept rows relative to the largest value (`ltd_fx.verify`, see there how it is found).
+*Refused*: `transform` raises `LTDError` with this reason, and the model is untouched.
+
+Made by `python -m zoo.table ../docs/models.md` in `tests/`.
+
+"""
+
+
+class Row(NamedTuple):
+    """``error`` is None where the model is refused, for ``reason``."""
+
+    entry: Entry
+    layers: str
+    error: float | None
+    reason: str
+
+
+def examine(entry: Entry) -> Row:
+    """Transform the entry's model, and verify it at full size."""
+    model, inputs = entry.build().train(), entry.inputs()
+    try:
+        ltd_fx.transform(model, layers=entry.layers, example_inputs=inputs, **entry.options)
+    except ltd_fx.LTDError as error:
+        return Row(entry, "", None, str(error).removeprefix("ltd_fx: "))
+    report = ltd_fx.verify(model, inputs)
+    assert report.ok, str(report)
+    model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # one training forward, routed
+    classes = Counter(site.layer_class for site in report.sites)
+    return Row(entry, ", ".join(classes), max(site.error or 0.0 for site in report.sites), "")
+
+
+def _line(row: Row) -> str:
+    options = ", ".join(f"`{name}={value!r}`" for name, value in row.entry.options.items())
+    result = f"right, {row.error:.0e}" if row.error is not None else "refused"
+    reason = row.reason.split("; leave it out")[0].replace("|", "\\|").replace("\n", " ")
+    return f"| {row.entry.library} | {row.entry.name} | {row.layers} | {options} | {result} | {reason} |"
+
+
+def main(path: str) -> None:
+    """Write the table to ``path``."""
+    warnings.simplefilter("ignore")
+    rows = [examine(entry) for entry in ENTRIES]
+    right = sum(row.error is not None for row in rows)
+    libraries = len({entry.library for entry in ENTRIES})
+    counts = f"{right} of {len(rows)} right, {len(rows) - right} refused; {libraries} libraries.\n"
+    head = "| library | model | routed layers | options | result | reason |\n|---|---|---|---|---|---|\n"
+    Path(path).write_text(_HEAD + counts + "\n" + head + "\n".join(map(_line, rows)) + "\n")
+    print(counts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
