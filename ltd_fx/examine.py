@@ -13,7 +13,7 @@ from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
 from ltd_fx.observe import Call, describe, observe, observe_values
 from ltd_fx.patterns import LayerPattern
-from ltd_fx.probe import Probe, batch_probes, by_name, length_probes
+from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.verify import Proof, prove
 
 # Enough to tell any two ways of routing apart.
@@ -63,10 +63,17 @@ class Examination:
         lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
         return lengths, batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
 
-    def _observe_values(self, seq_dim: int) -> Mapping[str, Call]:
+    def _has_table(self, layer: Layer, seq_dim: int) -> bool:
+        """Whether the layer has a buffer that could be sliced to its length."""
+        hidden = stream(self.first_calls[layer.name])
+        assert hidden is not None
+        return any(hidden.shape[seq_dim] <= max(b.shape, default=0) for b in layer.slot.buffers())
+
+    def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
         lengths, batches = self._probes(seq_dim)
         small = self._inputs
-        for probe, most in [*((p, _TOKENS) for p in lengths), *((p, _SEQUENCES) for p in batches[:1])]:
+        most_tokens = [(p, tokens) for p in lengths if tokens is not None]
+        for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
             small = probe.edit.resize(small, min(probe.edit.size, most))
         slots = {name: self._slots[name] for name in self._samples.values()}
         try:
@@ -86,10 +93,15 @@ class Examination:
         best: tuple[LayerPattern, Proof] | None = None
         failure: LTDError | None = None
         for pattern in self._hypotheses(layer):
-            call = self._values(int(pattern.batch_first))[layer.name]
-            how = (layer.name, layer.slot, type(layer.module), pattern, call)
+            how = (layer.name, layer.slot, type(layer.module), pattern)
+            seq_dim = int(pattern.batch_first)
             try:
-                proof = prove(*how, shared=shared, protected=protected)
+                call = self._values(seq_dim, _TOKENS)[layer.name]
+                proof = prove(*how, call, shared=shared, protected=protected)
+                if proof.status == "verified" and (proof.counts or self._has_table(layer, seq_dim)):
+                    # a window or a table may only show at full length
+                    call = self._values(seq_dim, None)[layer.name]
+                    proof = prove(*how, call, shared=shared, protected=protected)
             except LTDError as error:
                 failure = failure or error
                 continue

@@ -14,6 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_FACTORIES = {
+    overload
+    for name in ("arange", "ones", "zeros", "full", "empty", "tril_indices", "linspace")
+    for overload in (getattr(getattr(torch.ops.aten, name), o) for o in getattr(torch.ops.aten, name).overloads())
+}
 _MAX_SOFTMAXES = 16
 # Masks add the lowest number of some dtype; no score is as low.
 _MASKED = -1e4
@@ -49,7 +54,7 @@ def _attention(
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
@@ -65,9 +70,11 @@ class Scores(TorchDispatchMode):
     taken for rounding, nor rounding for a difference.
     """
 
-    def __init__(self, blocked: list[Tensor]) -> None:
+    def __init__(self, blocked: list[Tensor], length: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.blocked = blocked
+        self.length = length
+        self.counted = False
         self.count = 0
         self.scores: Tensor | None = None
 
@@ -76,7 +83,10 @@ class Scores(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")}
         if func not in _SOFTMAX:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func in _FACTORIES:
+                self.counted |= self.length in result.shape
+            return result
         scores, dim, *rest = args
         if self.count < len(self.blocked):
             blocked = self.blocked[self.count].movedim(-1, dim)
@@ -102,6 +112,7 @@ class Reference(NamedTuple):
         other: the same with other dropped tokens; equal at the kept rows if nothing lets them see the dropped ones.
         blind: ``[B, S]`` bool, where a token can attend to nothing (its mask leaves it dropped ones at most).
         unblocked: the outputs with nothing blocked.
+        counted: whether the layer makes tensors as long as the sequence by itself: positions, distances, windows.
 
     """
 
@@ -109,6 +120,7 @@ class Reference(NamedTuple):
     other: list[Tensor]
     blind: Tensor
     unblocked: list[Tensor]
+    counted: bool
 
 
 def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept: Tensor) -> Reference:
@@ -138,7 +150,7 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
         if first.count != second.count or first.count > _MAX_SOFTMAXES:
             raise NotVerifiableError(f"it runs {first.count} and {second.count} softmaxes on inputs of the same shapes")
         if first.scores is None or second.scores is None:
-            return Reference(ours, theirs, blind, unblocked)
+            return Reference(ours, theirs, blind, unblocked, first.counted)
         changed = _changed(first.scores, second.scores)
         blind |= _blind(first.scores, changed, *kept.shape)
         # a dropped query's whole row changes; its output is read by nobody, but must stay finite
@@ -146,7 +158,7 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
 
 
 def _run(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, blocked: list[Tensor]) -> tuple[Scores, list[Tensor]]:
-    with Scores(blocked) as mode:
+    with Scores(blocked, hidden.shape[1]) as mode:
         outputs = run_plain(call, hidden)
     return mode, outputs
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltd_fx
-from ltd_fx import LayerPattern
+from ltd_fx import LayerPattern, LTDError
 
 
 class Convolving(Plain):
@@ -132,3 +132,30 @@ def test_the_reports_say_what_is_not_verifiable() -> None:
     assert not report.ok
     assert "layers.1  not verifiable" in str(report)
     assert "0 of 1 routed layers verified" in str(report)
+
+
+def test_a_window_that_only_shows_at_full_length_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_layers": 4, "num_heads": 2, "vocab_size": 32, "max_position_embeddings": 128}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    kinds = [[["global", "local"], 2]]
+    config = transformers.GPTNeoConfig(**sizes, **ends, attention_types=kinds, window_size=40, intermediate_size=16)
+    model = transformers.GPTNeoForCausalLM(config).train()
+    short = {"input_ids": torch.randint(3, 32, (2, 36))}
+    ltd_fx.restore(ltd_fx.transform(model, example_inputs=short))  # no window matters yet
+    with pytest.raises(LTDError, match=r"transformer\.h\.1 \(GPTNeoBlock\).*differ"):
+        ltd_fx.transform(model, example_inputs={"input_ids": torch.randint(3, 32, (2, 100))})
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            place = torch.arange(x.shape[1])
+            near = (place[:, None] - place).abs() < 40
+            q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+            return x + nn.functional.scaled_dot_product_attention(q, k, v, near)[:, 0]
+
+    with pytest.raises(LTDError, match="differ"):
+        ltd_fx.transform(nn.Sequential(*(Windowed() for _ in range(3))), example_inputs=(torch.randn(2, 100, 8),))

@@ -220,5 +220,5 @@ def test_a_proof_leaves_the_layer_as_it_is() -> None:
     assert layer.training
     assert prove("it", layer, Custom, CUSTOM, None).reason == "it is never called"
     few = {**inputs, **{name: inputs[name][:, :3] for name in ("x", "scale")}, "table": inputs["table"][:3]}
-    with pytest.raises(LTDError, match="3 tokens.*longer example inputs"):
+    with pytest.raises(LTDError, match=r"3 tokens.*longer example inputs"):
         prove("it", layer, Custom, CUSTOM, Call("it", (), few, None))
