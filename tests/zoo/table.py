@@ -18,7 +18,7 @@ from .entry import Entry
 
 _HEAD = """# Which models are routed right
 
-Every row is a model class with random weights, small, transformed with `example_inputs` and no code of the user's about it.
+Every row is a small model with random weights, transformed with `example_inputs` and without code about its layers.
 *Right*: every routed layer equals the dense layer with attention to the dropped tokens blocked; the error is the
 largest difference of the kept rows relative to the largest value (`ltd_fx.verify`, see there how it is found).
 *Refused*: `transform` raises `LTDError` with this reason, and the model is untouched.
