@@ -9,10 +9,10 @@ from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
 from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, plan, uninstall
 from ltd_fx.observe import observe_values, split_inputs
+from ltd_fx.proof import VerifyReport, prove
 from ltd_fx.report import RewriteReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.state import Protect, RouteState
-from ltd_fx.verify import VerifyReport, prove
 
 _SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)

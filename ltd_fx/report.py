@@ -7,7 +7,7 @@ from torch import fx
 
 from ltd_fx.align import Aligned
 from ltd_fx.patterns import LayerPattern
-from ltd_fx.verify import Proof
+from ltd_fx.proof import Proof
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from toy import snapshot
 import ltd_fx
 from ltd_fx import Aligned, LayerPattern, LTDError, patterns
 from ltd_fx.observe import Call
-from ltd_fx.verify import prove
+from ltd_fx.proof import prove
 
 B, S, D, H = 4, 16, 16, 2
 
