@@ -98,6 +98,17 @@ def test_shared_sampling(name: str) -> None:
     compare(name, case, case.inputs(), 7, mask_name(name), sampling="shared")
 
 
+def test_packed_documents() -> None:
+    """Positions that restart; transformers makes a block-diagonal mask of them."""
+    inputs = text()
+    positions = torch.cat([torch.arange(20), torch.arange(SEQ - 20)]).expand(BATCH, -1)
+    packed = {"input_ids": inputs["input_ids"], "position_ids": positions, "use_cache": False}
+    model = ALL["llama"].model()
+    _, kwargs = captured_call(model, model.get_submodule("model.layers.1"), packed)
+    assert not kwargs["attention_mask"][0, 0, 30, 10]  # the second document does not see the first
+    compare("llama", ALL["llama"], packed, 7, "attention_mask")
+
+
 def test_eager_attention_with_additive_masks() -> None:
     build = decoder("Llama", attn_implementation="eager")
     compare("llama", Case(build, text, "model.layers", SEQ), text(), 7, "attention_mask")
