@@ -76,23 +76,27 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
 
 
 def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
-    what = f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)}"
     remedy = "correct `aligned` in the layer's LayerPattern"
+
+    def what() -> str:
+        # only where it is needed: a layer's name in the traced path would cost a graph a layer
+        return f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)}"
+
     rows = draw.seq_len + aligned.prefix
     for dim in aligned.dims:
         if not 0 <= dim < value.ndim or value.shape[dim] not in (1, rows):
             length = f"{draw.seq_len}{aligned.prefix:+}" if aligned.prefix else draw.seq_len
-            raise LTDError(f"{what} must have the sequence length {length} (or 1) in dimension {dim}; {remedy}")
+            raise LTDError(f"{what()} must have the sequence length {length} (or 1) in dimension {dim}; {remedy}")
     if aligned.batch is not None:
         size = value.shape[aligned.batch] if aligned.batch < value.ndim else 0
         if aligned.batch in aligned.dims or size == 0 or (size != 1 and size % draw.batch != 0):
             raise LTDError(
-                f"{what} must have the batch size {draw.batch}, a multiple of it, or 1 in dimension {aligned.batch}; "
+                f"{what()} must have the batch size {draw.batch}, a multiple of it, or 1 in dimension {aligned.batch}; "
                 f"{remedy}"
             )
     if -aligned.prefix > draw.protected:
         raise LTDError(
-            f"{what} has no row for the first {-aligned.prefix} tokens, so none of them may be dropped: pass "
+            f"{what()} has no row for the first {-aligned.prefix} tokens, so none of them may be dropped: pass "
             f"protect={-aligned.prefix} to ltd_fx.transform"
         )
 

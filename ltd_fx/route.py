@@ -105,7 +105,7 @@ def merge_output(
     if isinstance(output, Tensor):
         return merge_tokens(rest, indices, output.to(rest.dtype), batch_first)
     items = items_of(output)
-    if slot is None or items is None or slot >= len(items):
+    if slot is None or items is None or slot >= len(items) or not isinstance(items[slot], Tensor):
         raise LTDError(
             f"ltd_fx: {draw.site.name} returned a {type(output).__name__}, but its LayerPattern says output={slot}; "
             "give the slot of the hidden states in its tuple"
@@ -119,8 +119,10 @@ def merge_output(
         elif item is not None and known.get(i) is not None:
             items[i] = known[i]
         elif i not in known and any(isinstance(leaf, Tensor) for leaf in leaves(item)):
+            shape = next(tuple(leaf.shape) for leaf in leaves(item) if isinstance(leaf, Tensor))
             raise LTDError(
-                f"ltd_fx: {draw.site.name} also returns a tensor in slot {i}, computed from the kept tokens only; "
+                f"ltd_fx: {draw.site.name} also returns a tensor of shape {shape} in slot {i}, computed from the kept "
+                "tokens only; "
                 "switch that output (attention weights?) off in training, or list it in `returned` or `dropped` of its "
                 "LayerPattern"
             )

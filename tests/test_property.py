@@ -134,12 +134,13 @@ def specs(draw: st.DrawFn) -> Spec:
         batch=batch,
         seq=seq,
         heads=heads,
-        # not S = D: here all arguments are the model's inputs, and which dimensions are the sequence a guess then
+        # not S = D, nor S = B with tables [S, D]: all arguments are the model's inputs, and which
+        # dimensions are the sequence would be a guess
         head_size=draw(st.sampled_from([4, 6, 8]).filter(lambda d: seq not in (d, d * heads))),
         keep=draw(st.integers(1, seq - 1)),
         mask=draw(st.none() | st.tuples(st.booleans(), st.booleans())),
         padding=draw(st.booleans()),
-        rope=draw(st.sampled_from(["", "batch", "one", *["flat"] * shared])),
+        rope=draw(st.sampled_from(["", "batch", "one", *["flat"] * (shared and batch != seq)])),
         token=draw(st.booleans()),
         sample=draw(st.booleans()),
         positions=draw(st.booleans()),
@@ -151,7 +152,7 @@ def specs(draw: st.DrawFn) -> Spec:
 
 
 # without shrinking, which takes minutes: an example is small anyway
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
 @given(specs())
 @example(Spec(batch=4, seq=4, heads=2, head_size=6, keep=3, mask=(True, True), rope="batch", token=True, sample=True))
 @example(Spec(batch=4, seq=4, heads=1, head_size=6, keep=2, padding=True, positions=True, sample=True))

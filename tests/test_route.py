@@ -229,7 +229,7 @@ KEPT = torch.zeros(BATCH, 3, DIM, dtype=torch.float64)
     [
         ((KEPT,), None, r"layers\.1 returned a tuple, .* output=None"),
         ((None, KEPT), 2, r"layers\.1 returned a tuple, .* output=2"),
-        ({"states": KEPT}, 0, r"layers\.1 returned a dict, .* output=0"),
+        (object(), 0, r"layers\.1 returned a object, .* output=0"),
         (None, 0, r"layers\.1 returned a NoneType"),
         ((KEPT, torch.zeros(BATCH, 2, 3, 3)), 0, r"layers\.1 also returns a tensor of shape \(3, 2, 3, 3\) in slot 1"),
         ((torch.zeros(7), KEPT), 1, r"layers\.1 also returns a tensor of shape \(7,\) in slot 0"),
