@@ -1,6 +1,7 @@
 """When two layers are alike: what is true of one, but for its weights, is true of the other."""
 
 import inspect
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def likeness(slot: nn.Module) -> Any:
             name,
             type(module),
             tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
+            tuple((n, _content(b)) for n, b in module._buffers.items() if b is not None),
             tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in _NUMBERS and _is_plain(v)),
         )
         for name, module in slot.named_modules()
@@ -24,7 +26,16 @@ def likeness(slot: nn.Module) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, tuple)) or inspect.isfunction(value)
+    plain = (bool, int, float, str, tuple, list, Enum, torch.dtype)
+    return value is None or isinstance(value, plain) or inspect.isfunction(value)
+
+
+def _content(buffer: torch.Tensor) -> Any:
+    """A buffer by value: it may be a window, of another width in every other layer."""
+    if buffer.device.type == "meta":
+        return buffer.shape, buffer.dtype
+    flat = buffer.detach().cpu().contiguous().reshape(-1)
+    return buffer.shape, buffer.dtype, hash(flat.view(torch.uint8).numpy().tobytes())
 
 
 def shapes(args: Any, kwargs: Any) -> str:

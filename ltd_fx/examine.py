@@ -173,5 +173,6 @@ class Examination:
                         if hypothesis not in seen:
                             seen.append(hypothesis)
                             yield hypothesis
-        if failure is not None:
+        # the usual layout could not even be inferred: that is what to tell, not what became of the other one
+        if failure is not None and not any(pattern.batch_first for pattern in seen):
             raise failure

@@ -112,7 +112,7 @@ def _arguments(signature: Any, call: Call) -> dict[str, Any]:
 def _find_hidden(name: str, arguments: Mapping[str, Any], output: Any) -> str:
     shapes = [leaf.shape for leaf in leaves(output) if isinstance(leaf, Tensor)]
     for argument, value in arguments.items():
-        if is_stream(value) and (output is None or value.shape in shapes):
+        if is_stream(value) and value.shape in shapes:
             return argument
     given = ", ".join(f"{n} {tuple(v.shape)}" for n, v in arguments.items() if isinstance(v, Tensor))
     raise LTDError(

@@ -20,7 +20,7 @@ from ltd_fx.tree import map_tensors
 
 
 class Call(NamedTuple):
-    """One call of a layer; ``output`` is None where its body does not run on fake tensors."""
+    """One call of a layer; ``output`` is None where it was not waited for."""
 
     name: str
     args: tuple[Any, ...]
@@ -69,7 +69,7 @@ def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
     try:
-        with _preserved(model), torch.compiler.set_stance("force_eager"):
+        with preserved(model), torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
     except LTDError:
         raise
@@ -104,20 +104,10 @@ def observe(
     def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             kind = (kinds[name], shapes(args, kwargs)) if fake and kinds is not None else None
-            try:
-                output = (
-                    _like_output(known[kind], args, kwargs)
-                    if kind is not None and kind in known
-                    else forward(*args, **kwargs)
-                )
-                calls.append(Call(name, args, kwargs, output))
-                known.setdefault(kind, calls[-1])
-            except (RuntimeError, NotImplementedError):
-                # a body that depends on values (which expert takes which token): go on, as if it returned its input
-                output = next((v for v in (*args, *kwargs.values()) if is_stream(v)), None)
-                if output is None or not fake:
-                    raise
-                calls.append(Call(name, args, kwargs, None))
+            same = known.get(kind) if kind is not None else None
+            output = forward(*args, **kwargs) if same is None else _like_output(same, args, kwargs)
+            calls.append(Call(name, args, kwargs, output))
+            known.setdefault(kind, calls[-1])
             return output
 
         return watched
@@ -209,8 +199,9 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
-    """What a forward may leave behind is undone: random state, rebound buffers, and all it caches (as fake tensors).
+def preserved(model: nn.Module) -> Iterator[None]:
+    """What a forward may leave behind is undone: random state, rebound buffers, and all it caches (as fake tensors, or
+    in another dtype).
 
     Rotary tables and position indices are kept in attributes of modules, in dictionaries there, and by ``functools``.
     """

@@ -69,10 +69,9 @@ class LayerPattern:
         parameters = forward_signature(layer_class).parameters.values()
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        roles = {"hidden": (self.hidden,), "cache": (self.cache,), "aligned": self.aligned}
-        for role, name in [(r, n) for r, ns in roles.items() for n in ns] + [
-            ("returned", n) for n in self.returned.values()
-        ]:
+        named = [("hidden", self.hidden), ("cache", self.cache)]
+        named += [("aligned", name) for name in self.aligned] + [("returned", name) for name in self.returned.values()]
+        for role, name in named:
             if name is None or name in names:
                 continue
             if role == "aligned" and takes_any and not callable(self.aligned[name]):

@@ -52,7 +52,7 @@ def _resized(value: Any, dim: int, size: int) -> Any:
 
 
 # A forward of the model with these inputs: the first call of each layer.
-Forward = Callable[[Any], Mapping[str, Call]]
+Run = Callable[[Any], Mapping[str, Call]]
 
 
 def by_name(calls: list[Call]) -> dict[str, Call]:
@@ -65,7 +65,7 @@ def stream(call: Call) -> Tensor | None:
     return next(filter(is_stream, (*call.args, *call.kwargs.values())), None)
 
 
-def length_probes(forward: Forward, inputs: Any, calls: Mapping[str, Call], seq_dim: int) -> list[Probe]:
+def length_probes(forward: Run, inputs: Any, calls: Mapping[str, Call], seq_dim: int) -> list[Probe]:
     """Forwards at other sequence lengths, such that each layer's hidden states changed along ``seq_dim`` in one.
 
     Encoder and decoder are resized apart where the model allows it. Layers whose length depends on no input's (an
@@ -85,7 +85,7 @@ def length_probes(forward: Forward, inputs: Any, calls: Mapping[str, Call], seq_
 
 
 def batch_probes(
-    forward: Forward, inputs: Any, calls: Mapping[str, Call], lengths: list[Probe], seq_dim: int
+    forward: Run, inputs: Any, calls: Mapping[str, Call], lengths: list[Probe], seq_dim: int
 ) -> list[Probe]:
     """Forwards with one sequence less (or more), one for each way to see the batch in the inputs' dimensions."""
     size = next((s.shape[1 - seq_dim] for s in map(stream, calls.values()) if s is not None), 0)
@@ -121,7 +121,7 @@ def _groupings(inputs: Any, size: int) -> Iterator[list[list[int]]]:
 
 
 def _try(
-    forward: Forward, inputs: Any, calls: Mapping[str, Call], group: list[int], size: int, seq_dim: int
+    forward: Run, inputs: Any, calls: Mapping[str, Call], group: list[int], size: int, seq_dim: int
 ) -> Probe | None:
     leaves = pytree.tree_leaves(inputs, is_leaf=_is_tensor)
     seen: list[dict[int, tuple[int, ...]]] = []
@@ -146,7 +146,7 @@ _CHOICES: tuple[Callable[[list[int], torch.Size], tuple[int, ...]], ...] = (
 )
 
 
-def _run(forward: Forward, inputs: Any, calls: Mapping[str, Call], edit: Edit, size: int, dim: int) -> Probe | None:
+def _run(forward: Run, inputs: Any, calls: Mapping[str, Call], edit: Edit, size: int, dim: int) -> Probe | None:
     """The forward with this edit, if it runs and changes the hidden states of some layers, along ``dim`` only."""
     if not edit.dims or size == edit.size:
         return None

@@ -9,14 +9,14 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
-from ltd_fx.observe import Call, is_stream
+from ltd_fx.observe import Call, is_stream, preserved
 from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_plain
 from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class
@@ -25,6 +25,7 @@ from ltd_fx.tree import items_of, leaves, map_tensors
 
 # Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
 _POOL = 65537
+# Of fewer tokens than this, in all sequences, one draw may agree by chance.
 _FEW = 256
 
 
@@ -103,25 +104,25 @@ def prove(
     layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else layer_class
     if call is None:
         return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
-    # of few tokens, one draw may agree by chance
     few = all(t.numel() // t.shape[-1] < _FEW for t in leaves((call.args, call.kwargs)) if is_stream(t) and t.numel())
     reason = ""
     for dtype in (torch.float64, torch.float32):  # some kernels know no float64
         try:
             layer = _random_copy(slot, dtype)
             how = (layer_class, pattern, call, dtype, atol, shared, protected)
-            results = [_error(layer, *how, draw) for draw in ((1, 2) if few else (1,))]
-        except NotVerifiableError as error:
-            return Proof(name, layer_class.__name__, "not verifiable", None, str(error))
+            with preserved(layer):
+                results = [_compare(layer, *how, draw) for draw in ((1, 2) if few else (1,))]
+        except NotVerifiableError as failure:
+            return Proof(name, layer_class.__name__, "not verifiable", None, str(failure))
         except LTDError:
             raise
-        except _WrongError as error:
-            return Proof(name, layer_class.__name__, "wrong", error.size, str(error))
-        except Exception as error:
-            reason = f"the dense layer fails: {type(error).__name__}: {error}"
+        except _WrongError as failure:
+            return Proof(name, layer_class.__name__, "wrong", failure.size, str(failure))
+        except Exception as failure:
+            reason = f"the dense layer fails: {type(failure).__name__}: {failure}"
             continue
-        errors, attends, counted = zip(*results, strict=True)
-        if not any(attends):
+        error = max(result.error for result in results)
+        if not any(result.attends for result in results):
             along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
             status, reason = "not verifiable", f"no token attends to another along {along}; is that the sequence?"
             if pattern.dropped:
@@ -129,8 +130,9 @@ def prove(
                     "wrong",
                     "the hidden states it returns depend on no other token, and others are dropped",
                 )
-            return Proof(name, layer_class.__name__, status, max(errors), reason)
-        return Proof(name, layer_class.__name__, "verified", max(errors), counts=any(counted))
+            return Proof(name, layer_class.__name__, status, error, reason)
+        counts = any(result.counts for result in results)
+        return Proof(name, layer_class.__name__, "verified", error, counts=counts)
     return Proof(name, layer_class.__name__, "not verifiable", None, reason)
 
 
@@ -140,7 +142,17 @@ class _WrongError(Exception):
         self.size = size
 
 
-def _error(
+class _Comparison(NamedTuple):
+    """One draw: the relative error; whether the dense layer lets a kept token attend to a dropped one; and whether it
+    makes tensors as long as the sequence by itself.
+    """
+
+    error: float
+    attends: bool
+    counts: bool
+
+
+def _compare(
     layer: nn.Module,
     layer_class: type[nn.Module],
     pattern: LayerPattern,
@@ -150,9 +162,8 @@ def _error(
     shared: bool,
     protected: int,
     draw: int,
-) -> tuple[float, bool, bool]:
-    """The relative error of one draw; whether a kept token attends to a dropped one in the dense layer; and whether the
-    layer counts tokens by itself.
+) -> _Comparison:
+    """Dense and routed, with one draw.
 
     Raises:
         NotVerifiableError: there is nothing to compare with.
@@ -216,7 +227,8 @@ def _error(
         raise NotVerifiableError("too few tokens can attend to others")
     if size > atol:
         raise _WrongError("kept tokens differ from the dense layer's", size)
-    return size, _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps, counted
+    attends = _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps
+    return _Comparison(size, attends, counted)
 
 
 def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:

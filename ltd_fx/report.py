@@ -78,10 +78,11 @@ class RewriteReport:
         return "\n".join([*lines, f"{routed} of {len(self.sites)} layers routed"])
 
 
-def _dims(entry: tuple[Any, ...] | str) -> str:
+def _dims(entry: Any) -> str:
     if isinstance(entry, str):
         return f" by {entry}"
     if isinstance(entry, Aligned):
         prefix = f" {entry.prefix:+}" if entry.prefix else ""
         return f"[{', '.join(map(str, entry.dims))}{prefix}]"
-    return f"[{', '.join('-' if e is None else e if isinstance(e, str) else str(e).strip('()') for e in entry)}]"
+    items = (_dims(item) if isinstance(item, tuple) else "-" if item is None else str(item) for item in entry)
+    return f"[{', '.join(items)}]"

@@ -21,13 +21,15 @@ def items_of(value: Any) -> list[Any] | None:
 
 def like(value: Any, items: list[Any]) -> Any:
     """``items`` as the kind of tuple, list, mapping or dataclass that ``value`` is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: item for f, item in zip(dataclasses.fields(value), items, strict=True)}
-        )
+    kind: Any = type(value)
     if isinstance(value, Mapping):
-        return type(value)(zip(value, items, strict=True))  # type: ignore[call-arg]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        named = dict(zip(value, items, strict=True))
+        # transformers' outputs are both, and hold what is not None
+        return kind(**named) if dataclasses.is_dataclass(value) else kind(named)
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **dict(zip(names, items, strict=True)))  # type: ignore[type-var]
+    return kind(*items) if hasattr(value, "_fields") else kind(items)
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -204,3 +204,12 @@ def test_a_block_mask_of_another_length_is_refused() -> None:
     mask = create_block_mask(MASKS["window"][2], None, None, LONG, LONG + 1, device="cpu")
     with pytest.raises(LTDError, match=r"'mask' is a BlockMask for \(40, 41\) queries and keys.* 40 tokens"):
         align(draw_of(LONG_INDICES, LONG), mask, "mask", (2, 3))
+
+
+def test_transformers_outputs_are_mappings_and_dataclasses_at_once() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    value = outputs.BaseModelOutput(last_hidden_state=randn(BATCH, SEQ, DIM))  # its other fields are None
+    gathered = align(draw_of(), value, "states", (1,))
+    assert type(gathered) is type(value)
+    assert gathered.attentions is None
+    assert torch.equal(gathered.last_hidden_state, value.last_hidden_state[torch.arange(BATCH)[:, None], INDICES])

@@ -84,6 +84,31 @@ def test_caches_hold_no_fake_tensors(kind: type[Base]) -> None:
     check_routed(kind(Plain), inputs, 4, real=inputs["padding"])
 
 
+class Shared(nn.Module):
+    """Keeps its mask for the next layer, in the dtype of the hidden states."""
+
+    kept: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seq = x.shape[1]
+        if seq not in self.kept:
+            self.kept[seq] = torch.zeros(seq, seq, dtype=x.dtype)
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v, self.kept[seq])[:, 0]
+
+
+def test_a_proof_leaves_nothing_in_its_own_dtype() -> None:
+    model, inputs = nn.Sequential(*(Shared() for _ in range(3))), torch.randn(2, 10, 8)
+    ltd_fx.transform(model, example_inputs=(inputs,))
+    ltd_fx.verify(model, (inputs,))
+    assert Shared.kept == {}
+    assert model(inputs).dtype == torch.float32
+
+
 class Noisy(Base):
     def __init__(self) -> None:
         super().__init__(Plain)

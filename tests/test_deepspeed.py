@@ -222,26 +222,6 @@ def test_a_submodule_called_module_does_not_hide_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("key", "clean"),
-    [
-        ("layers.0.random_ltd_layer.qkv.weight", "layers.0.qkv.weight"),
-        ("random_ltd_layer.w", "w"),
-        ("a.random_ltd_layer.random_ltd_layer.w", "a.w"),
-        ("a.random_ltd_layer_norm.w", "a.random_ltd_layer_norm.w"),
-        ("a.not_random_ltd_layer.w", "a.not_random_ltd_layer.w"),
-        ("module._orig_mod.w", "module._orig_mod.w"),
-    ],
-)
-def test_only_the_whole_component_is_removed(key, clean):
-    assert remove_random_ltd_state_dict({key: 1, "other": 2}) == {clean: 1, "other": 2}
-
-
-def test_colliding_keys():
-    with pytest.raises(LTDError, match=r"'a\.random_ltd_layer\.w' and 'a\.w' both become 'a\.w'"):
-        remove_random_ltd_state_dict({"a.random_ltd_layer.w": 1, "a.w": 2})
-
-
-@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"hidden_state_order": "bsd"}, "hidden_state_order must be one of batch_seq_dim, seq_batch_dim, got 'bsd'"),

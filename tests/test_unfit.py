@@ -159,3 +159,22 @@ def test_a_window_that_only_shows_at_full_length_is_refused() -> None:
 
     with pytest.raises(LTDError, match="differ"):
         ltd_fx.transform(nn.Sequential(*(Windowed() for _ in range(3))), example_inputs=(torch.randn(2, 100, 8),))
+
+
+def test_a_layer_that_differs_from_its_like_in_a_buffer_only_is_proven_by_itself() -> None:
+    class Masked(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+            place = torch.arange(64)
+            self.register_buffer("near", (place[:, None] - place).abs() < width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+            near = self.near[: x.shape[1], : x.shape[1]]
+            return x + F.scaled_dot_product_attention(q, k, v, near)[:, 0]
+
+    inputs = (torch.randn(2, 64, 8),)
+    ltd_fx.transform(nn.Sequential(*(Masked(64) for _ in range(6))), example_inputs=inputs)
+    with pytest.raises(LTDError, match=r"4 \(Masked\).*differ"):
+        ltd_fx.transform(nn.Sequential(*(Masked(20 if i == 4 else 64) for i in range(6))), example_inputs=inputs)
