@@ -5,8 +5,7 @@ from ltd_fx.api import is_transformed, restore, sampled_indices, summary, transf
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 from ltd_fx.patterns import LayerPattern, register_pattern
-from ltd_fx.proof import Proof, VerifyReport
-from ltd_fx.report import CallSite, RewriteReport
+from ltd_fx.report import CallSite, Proof, RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.version import __version__
 from ltd_fx.weights import clean_state_dict, load_clean, save_clean

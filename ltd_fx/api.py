@@ -9,8 +9,8 @@ from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
 from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, plan, uninstall
 from ltd_fx.observe import observe_values, split_inputs
-from ltd_fx.proof import VerifyReport, prove
-from ltd_fx.report import RewriteReport
+from ltd_fx.proof import prove
+from ltd_fx.report import RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.state import Protect, RouteState
 

@@ -14,7 +14,8 @@ from ltd_fx.infer import infer_pattern, per_head, with_positions
 from ltd_fx.observe import Call, describe, observe, observe_values
 from ltd_fx.patterns import LayerPattern
 from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
-from ltd_fx.proof import Proof, prove
+from ltd_fx.proof import prove
+from ltd_fx.report import Proof
 
 # Enough to tell any two ways of routing apart.
 _TOKENS, _SEQUENCES = 12, 2

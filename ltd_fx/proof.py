@@ -7,7 +7,8 @@ anything; in float64, so that what differs, differs by far more than rounding.
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.observe import Call, is_stream, preserved
 from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_plain
+from ltd_fx.report import Proof
 from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.state import RouteState
 from ltd_fx.tree import items_of, leaves, map_tensors
@@ -27,51 +29,6 @@ from ltd_fx.tree import items_of, leaves, map_tensors
 _POOL = 65537
 # Of fewer tokens than this, in all sequences, one draw may agree by chance.
 _FEW = 256
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was found for one routed layer.
-
-    Attributes:
-        name: fully qualified name.
-        layer_class: name of its class.
-        status: ``"verified"``; ``"wrong"``: kept rows differ or the layer fails on fewer tokens; ``"not verifiable"``:
-            the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
-        error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
-        reason: why it is not verified.
-        counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
-            proof holds up to the length it was made at.
-
-    """
-
-    name: str
-    layer_class: str
-    status: str
-    error: float | None = None
-    reason: str = ""
-    counts: bool = False
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The proofs of all routed layers, in order; ``str()`` is a table."""
-
-    sites: list[Proof]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every site is verified."""
-        return all(site.status == "verified" for site in self.sites)
-
-    def __str__(self) -> str:
-        width = max(len(site.name) for site in self.sites)
-        lines = []
-        for site in self.sites:
-            error = "" if site.error is None else f"{site.error:.1e}"
-            lines.append(f"{site.name:{width}}  {site.status:14}  {error:7}  {site.reason}".rstrip())
-        verified = sum(site.status == "verified" for site in self.sites)
-        return "\n".join([*lines, f"{verified} of {len(self.sites)} routed layers verified"])
 
 
 def prove(
@@ -187,7 +144,7 @@ def _compare(
         if pattern.cache in bound.arguments:
             bound.arguments[pattern.cache] = None
         bound.arguments.update(map_tensors(partial(_cast, dtype), dict(bound.arguments)))
-        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False):
+        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False), _default_dtype(dtype):
             return _outputs(layer(*bound.args, **bound.kwargs), pattern)
 
     reference, other, blind, unblocked, counted = dense_reference(run, hidden, kept)
@@ -229,6 +186,17 @@ def _compare(
         raise _WrongError("kept tokens differ from the dense layer's", size)
     attends = _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps
     return _Comparison(size, attends, counted)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """So that what a layer makes without naming a dtype goes with its weights, as it did."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:

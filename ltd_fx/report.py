@@ -1,4 +1,4 @@
-"""What was rewritten: the answer of ``ltd_fx.summary``."""
+"""What was rewritten and what was proven: the answers of ``ltd_fx.summary`` and ``ltd_fx.verify``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,51 @@ from torch import fx
 
 from ltd_fx.align import Aligned
 from ltd_fx.patterns import LayerPattern
-from ltd_fx.proof import Proof
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found for one routed layer.
+
+    Attributes:
+        name: fully qualified name.
+        layer_class: name of its class.
+        status: ``"verified"``; ``"wrong"``: kept rows differ or the layer fails on fewer tokens; ``"not verifiable"``:
+            the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
+        error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
+        reason: why it is not verified.
+        counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
+            proof holds up to the length it was made at.
+
+    """
+
+    name: str
+    layer_class: str
+    status: str
+    error: float | None = None
+    reason: str = ""
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The proofs of all routed layers, in order; ``str()`` is a table."""
+
+    sites: list[Proof]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every site is verified."""
+        return all(site.status == "verified" for site in self.sites)
+
+    def __str__(self) -> str:
+        width = max(len(site.name) for site in self.sites)
+        lines = []
+        for site in self.sites:
+            error = "" if site.error is None else f"{site.error:.1e}"
+            lines.append(f"{site.name:{width}}  {site.status:14}  {error:7}  {site.reason}".rstrip())
+        verified = sum(site.status == "verified" for site in self.sites)
+        return "\n".join([*lines, f"{verified} of {len(self.sites)} routed layers verified"])
 
 
 @dataclass(frozen=True)
