@@ -125,8 +125,12 @@ def _try(
 ) -> Probe | None:
     leaves = pytree.tree_leaves(inputs, is_leaf=_is_tensor)
     seen: list[dict[int, tuple[int, ...]]] = []
-    for choose in _CHOICES:
-        dims = {i: choose([d for d, n in enumerate(leaves[i].shape) if n == size], leaves[i].shape) for i in group}
+    # the same choice for all; then another for the first: hidden states may be [S, B, D] next to masks [B, S]
+    for first, rest in sorted(itertools.product(_CHOICES, repeat=2), key=lambda pair: pair[0] is not pair[1]):
+        dims = {}
+        for i in group:
+            choose = first if i == group[0] else rest
+            dims[i] = choose([d for d, n in enumerate(leaves[i].shape) if n == size], leaves[i].shape)
         dims = {i: chosen for i, chosen in dims.items() if chosen}
         if not dims or dims in seen:
             continue

@@ -157,6 +157,7 @@ def specs(draw: st.DrawFn) -> Spec:
 @example(Spec(batch=4, seq=4, heads=2, head_size=6, keep=3, mask=(True, True), rope="batch", token=True, sample=True))
 @example(Spec(batch=4, seq=4, heads=1, head_size=6, keep=2, padding=True, positions=True, sample=True))
 @example(Spec(batch=1, seq=8, heads=2, head_size=4, keep=1, mask=(False, False), rope="one", shared=True))
+@example(Spec(batch=4, seq=4, heads=3, head_size=8, keep=3, mask=(True, True), padding=True, batch_first=False))
 def test_a_routed_layer_equals_its_dense_copy_with_dropped_keys_blocked(spec: Spec) -> None:
     torch.manual_seed(0)
     inputs = arguments(spec)
