@@ -53,6 +53,16 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
     """
     if draw is None or value is None or not entry:
         return value
+    if draw.gathered is None:
+        return _align(draw, value, name, entry)
+    if name not in draw.gathered or draw.gathered[name][0] is not value:
+        draw.gathered[name] = (value, _align(draw, value, name, entry))
+    return draw.gathered[name][1]
+
+
+def _align(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
+    if value is None or not entry:
+        return value
     each = not isinstance(entry, Aligned) and not isinstance(entry[0], int)
     items = items_of(value)
     if items is not None:
@@ -61,7 +71,7 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
                 f"ltd_fx: {draw.site.name}: argument {name!r} has {len(items)} items, its LayerPattern {len(entry)}"
             )
         entries: Iterable[Any] = entry if each else [entry] * len(items)
-        return like(value, [align(draw, item, name, e or ()) for item, e in zip(items, entries, strict=True)])
+        return like(value, [_align(draw, item, name, e or ()) for item, e in zip(items, entries, strict=True)])
     if isinstance(value, BlockMask):
         return _rebuild(draw, value, name)
     if each or not isinstance(value, Tensor):

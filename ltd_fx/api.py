@@ -1,5 +1,7 @@
 """The functions a user calls on a model. They wire the other modules together, and hold no logic of their own."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -7,8 +9,9 @@ from torch import Tensor, nn
 from ltd_fx import ops, replay
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
-from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, plan, uninstall
+from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
 from ltd_fx.observe import observe_values, split_inputs
+from ltd_fx.plan import Route, plan
 from ltd_fx.proof import prove
 from ltd_fx.report import RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
@@ -28,6 +31,8 @@ def transform(
     seed: int = 0,
     sampling: str = "per_sample",
     protect: Protect = None,
+    routes: Sequence[Route] | None = None,
+    keep: Mapping[str, float] | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> Model:
     """Rewrite the middle layers of ``model``, in place, to see a random subset of the tokens in training.
@@ -51,9 +56,16 @@ def transform(
         protect: tokens that are kept first: a number of first tokens (class and register tokens), which no draw drops;
             a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
             attention mask ``[B, S]``, whose padding (zero) is dropped before any real token.
+        routes: ``(first, last, share)`` each: tokens leave at layer ``first`` of a stack and return, unchanged, after
+            layer ``last`` (negative numbers count from the stack's end), as in TREAD (arXiv 2501.04765, section 3.1);
+            layers on no route are dense. Where the schedule starts, a route keeps ``share`` of the tokens, a number
+            between 0 and 1 (``None``: the scheduler's ``min_length``), and it is dense when the others are.
+            Within a route, hidden states (and hooks) have the kept tokens only.
+        keep: the same share for single layers, by name.
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
-            are learnt from it. Without, they are learnt and proven at the first training forward.
+            are learnt from it. Without, they are learnt and proven at the first training forward, and so are routes
+            over several layers.
 
     Returns:
         ``model`` itself.
@@ -75,9 +87,14 @@ def transform(
     if scheduler is not None and scheduler.attached:
         raise LTDError("ltd_fx.transform: the scheduler drives another model; give each model a scheduler of its own")
 
-    routed, entries = plan(find_stacks(model, layers), skip_first, skip_last)
+    routed, entries = plan(find_stacks(model, layers), skip_first, skip_last, routes, keep)
     state = RouteState(
-        scheduler, seed=seed, shared=sampling == "shared", routed=len(routed), dense=len(entries) - len(routed)
+        scheduler,
+        seed=seed,
+        shared=sampling == "shared",
+        routed=len(routed),
+        dense=len(entries) - len(routed),
+        shares=Counter(layer.share for layer in routed if layer.share is not None),
     )
     state.set_protect(protect, model)
     ops.register_inductor_decompositions()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
+from ltd_fx.length import ReservedLength
+from ltd_fx.span import Span
 from ltd_fx.state import RouteState
 
 
@@ -16,12 +18,22 @@ class Site:
     Kept in the layer's ``__dict__``, outside modules and buffers, so names and ``state_dict`` keys stay as they were.
     """
 
-    def __init__(self, name: str, number: int, layer: nn.Module, state: RouteState) -> None:
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        layer: nn.Module,
+        state: RouteState,
+        length: ReservedLength | None = None,
+        span: Span | None = None,
+    ) -> None:
         self.name = name
         # a tensor, not an int: as data, it lets identical layers compiled one by one share a graph
         self.number = torch.tensor(number, device=state.device)
         self.layer = layer
         self.state = state
+        self.length = state.lengths[None] if length is None else length
+        self.span = span  # on a route over several layers
         self.fixed: Tensor | None = None  # while verifying: the indices to keep
         state.sites.append(self)
 
@@ -30,7 +42,8 @@ class Draw(NamedTuple):
     """The tokens that a site keeps in this forward.
 
     ``indices`` is ``[B, k]`` int64, ascending in each row, or ``[1, k]`` where one draw serves the batch. The first
-    ``protected`` tokens are among them in every row.
+    ``protected`` tokens are among them in every row. On a route over several layers, ``rest`` is the stream of dropped
+    tokens, and ``gathered`` the arguments gathered so far, by name, with what they were gathered from.
     """
 
     site: Site
@@ -38,6 +51,8 @@ class Draw(NamedTuple):
     batch: int
     seq_len: int
     protected: int = 0
+    rest: Tensor | None = None
+    gathered: dict[str, tuple[Any, Any]] | None = None
 
 
 def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
@@ -76,7 +91,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     if state.scheduler is not None and seq_len > state.scheduler.max_length:
         _warn_never_dense(state, seq_len, state.scheduler.max_length)
     _refuse_generation(site, cache, seq_len)
-    keep = state.keep(seq_len)
+    keep = site.length.tokens(seq_len)
     if keep >= seq_len:
         return None
     if torch.compiler.is_exporting():
@@ -84,7 +99,10 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export"
         )
-    return Draw(site, _indices(site, hidden, batch, seq_len, keep), batch, seq_len, state.protected)
+    indices = _indices(site, hidden, batch, seq_len, keep)
+    # under torch.compile equal gathers are one anyway
+    gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
+    return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
 
 
 def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:

@@ -18,13 +18,26 @@ _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 class Layer:
     """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it.
 
-    ``pattern`` is None where it is not known yet.
+    Attributes:
+        pattern: ``None`` where it is not known yet.
+        share: of the tokens, that it keeps; ``None``: as many as the scheduler says.
+        route: name of the layer at which its tokens leave; ``None``: itself.
+        leaves: whether dropped tokens return after it.
+
     """
 
     name: str
     slot: nn.Module
     module: nn.Module
     pattern: LayerPattern | None
+    share: float | None = None
+    route: str | None = None
+    leaves: bool = True
+
+    @property
+    def enters(self) -> bool:
+        """Whether tokens leave at this layer."""
+        return self.route in (None, self.name)
 
 
 def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:

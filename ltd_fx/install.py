@@ -18,7 +18,8 @@ from ltd_fx.passes import Target
 from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.report import CallSite, RewriteReport
-from ltd_fx.site import SITE, RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.site import SITE, routed_class, swap_back, swap_class
+from ltd_fx.span import Span
 from ltd_fx.state import RouteState, add_root_hook
 
 _REWRITE = "_ltd_rewrite"
@@ -46,52 +47,11 @@ class Rewrite:
         return {**self.__dict__, "graph": None}
 
 
-def plan(stacks: list[list[Layer]], skip_first: int, skip_last: int) -> tuple[list[Layer], list[CallSite]]:
-    """The layers to route, and a report entry for every target layer.
-
-    Raises:
-        LTDError: every stack is too short to route any layer, or a layer is routed already.
-
-    """
-    routed: list[Layer] = []
-    entries: list[CallSite] = []
-    for stack in stacks:
-        for i, layer in enumerate(stack):
-            if isinstance(layer.slot, RoutedLayer):
-                raise LTDError(f"ltd_fx: {layer.name} is routed already; restore it, or leave it out with layers=...")
-            if "forward" in layer.slot.__dict__:
-                raise LTDError(
-                    f"ltd_fx: {layer.name} has a forward of its own, set on the instance, which routing would replace; "
-                    "transform the model before whatever sets it, or leave the layer out with layers=..."
-                )
-            reason = ""
-            if i < skip_first:
-                reason = f"skip_first={skip_first}"
-            elif i >= len(stack) - skip_last:
-                reason = f"skip_last={skip_last}"
-            else:
-                routed.append(layer)
-            entries.append(
-                CallSite(layer.name, type(layer.module).__name__, _parent(layer.name), layer in routed, reason)
-            )
-    if not routed:
-        sizes = ", ".join(f"{len(stack)} in {_parent(stack[0].name) or 'the root'}" for stack in stacks)
-        raise LTDError(
-            f"ltd_fx: skip_first={skip_first} and skip_last={skip_last} leave no layer to route (found {sizes}); "
-            "lower them"
-        )
-    return routed, entries
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
 def attach(
     model: nn.Module, layers: list[Layer], entries: list[CallSite], state: RouteState, example_inputs: Any
 ) -> None:
-    """Rewrite ``model``: now, or where patterns are yet to be inferred and nothing to infer them from, at its first
-    training forward.
+    """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
+    forward.
 
     Args:
         model: the root.
@@ -105,13 +65,16 @@ def attach(
 
     """
     unknown = next((layer for layer in layers if layer.pattern is None), None)
-    if unknown is not None and example_inputs is None and isinstance(model, fx.GraphModule):
+    is_graph = isinstance(model, fx.GraphModule)
+    if unknown is not None and example_inputs is None and is_graph:
         raise LTDError(
             f"ltd_fx: {unknown.name} is a {type(unknown.module).__name__}, for which no LayerPattern is known; pass "
             "example_inputs to learn it from, or call ltd_fx.register_pattern"
         )
     rewrite = Rewrite(state, layers, [], entries)
-    if unknown is None or example_inputs is not None:
+    # that the layers of a route follow each other is only seen in a forward
+    chained = not is_graph and not all(layer.enters for layer in layers)
+    if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
         rewrite.pending = add_root_hook(model, _complete)
@@ -151,11 +114,8 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
         graph = call_graph(examination.calls)
-    sites = [Site(layer.name, i, layer.slot, state) for i, layer in enumerate(layers)]
-    targets = {
-        site.name: Target(site.name, f"{SITE}_{i}", forward_signature(type(layer.module)), known(layer))
-        for i, (site, layer) in enumerate(zip(sites, layers, strict=True))
-    }
+    sites = make_sites(layers, state)
+    targets = {layer.name: target_of(layer, f"{SITE}_{i}") for i, layer in enumerate(layers)}
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
     if isinstance(model, fx.GraphModule):
@@ -166,7 +126,10 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
             setattr(model, target.site, site)
         model.graph, rewrite.original = graph, original
     else:
-        classes = [routed_class(type(layer.slot), type(layer.module), known(layer)) for layer in layers]
+        classes = [
+            routed_class(type(layer.slot), type(layer.module), known(layer), layer.enters, layer.leaves)
+            for layer in layers
+        ]
         for site, routed in zip(sites, classes, strict=True):
             swap_class(site.layer, routed, site)
     if rewrite.pending is not None:
@@ -177,6 +140,24 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     rewrite.entries = [
         replace(entry, pattern=patterns.get(entry.name), proof=proofs.get(entry.name)) for entry in rewrite.entries
     ]
+
+
+def make_sites(layers: list[Layer], state: RouteState) -> list[Site]:
+    """The sites of the layers, in order; those on one route share a draw, hence a number."""
+    numbers = {layer.name: i for i, layer in enumerate(layers)}
+    spans: dict[str, Span] = {}
+    sites = []
+    for layer in layers:
+        first = layer.route or layer.name
+        span = spans.setdefault(first, Span()) if not (layer.enters and layer.leaves) else None
+        sites.append(Site(layer.name, numbers[first], layer.slot, state, state.lengths[layer.share], span))
+    return sites
+
+
+def target_of(layer: Layer, site: str) -> Target:
+    """What the passes are told of a layer; ``site`` is the attribute that holds its site."""
+    signature = forward_signature(type(layer.module))
+    return Target(layer.name, site, signature, known(layer), layer.route, layer.enters, layer.leaves)
 
 
 def known(layer: Layer) -> LayerPattern:

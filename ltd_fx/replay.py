@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ltd_fx.draw import Site, rank_tokens
 from ltd_fx.errors import LTDError
 from ltd_fx.observe import run_fake
+from ltd_fx.span import Span
 from ltd_fx.state import Forward, RouteState
 
 
@@ -28,11 +29,18 @@ def sampled_indices(root: nn.Module, state: RouteState, sites: list[Site]) -> di
         run_fake(root, *forward.inputs)
     finally:
         state.observed = None
-    return {site.name: _indices(site, forward, *observed[site.name]) for site in sites if site.name in observed}
+    first: dict[Span, Site] = {}  # the layers of a route keep what its first one does
+    found = {}
+    for site in sites:
+        drawing = site if site.span is None else first.setdefault(site.span, site)
+        if drawing.name in observed:
+            found[site.name] = _indices(drawing, forward, *observed[drawing.name])
+    return found
 
 
 def _indices(site: Site, forward: Forward, batch: int, seq_len: int) -> Tensor:
-    keep = min(forward.keep(seq_len), seq_len)
+    length = forward.lengths[site.length.share]
+    keep = min(site.length.of(seq_len) if length is None else length, seq_len)
     key = forward.key
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)

@@ -67,6 +67,8 @@ class CallSite:
         pattern: how it is routed; ``None`` of a dense layer, or while it is yet to be inferred.
         proof: that it is right; ``None`` where ``transform`` got no ``example_inputs``.
         graph: the rewritten graph that the layer runs; ``None`` of a dense layer.
+        share: of the tokens, that it keeps where the schedule starts; ``None``: the scheduler's ``min_length``.
+        route: name of the layer whose draw it uses, on a route over several layers; ``None``: its own.
 
     """
 
@@ -78,6 +80,8 @@ class CallSite:
     pattern: LayerPattern | None = None
     proof: Proof | None = None
     graph: fx.Graph | None = None
+    share: float | None = None
+    route: str | None = None
 
     @property
     def aligned(self) -> dict[str, tuple[Any, ...] | str]:
@@ -85,6 +89,12 @@ class CallSite:
         entries = self.pattern.aligned.items() if self.pattern is not None else ()
         named = {name: getattr(e, "__name__", repr(e)) if callable(e) else e for name, e in entries}
         return {name: entry for name, entry in named.items() if entry != ()}
+
+    def _tokens(self) -> str:
+        if not self.routed:
+            return "dense"
+        share = "" if self.share is None else f" {self.share:.0%}"
+        return f"routed{share}" if self.route in (None, self.name) else f"as {self.route}"
 
     def _why(self) -> str:
         if not self.routed:
@@ -114,7 +124,7 @@ class RewriteReport:
         rows = [header]
         for site in self.sites:
             aligned = ", ".join(f"{name}{_dims(dims)}" for name, dims in site.aligned.items()) if site.routed else ""
-            rows.append((site.name, site.layer_class, "routed" if site.routed else "dense", aligned, site._why()))
+            rows.append((site.name, site.layer_class, site._tokens(), aligned, site._why()))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -76,7 +76,7 @@ def split_hidden(draw: Draw | None, hidden: Tensor, batch_first: bool) -> tuple[
 
 def merge_output(
     draw: Draw | None,
-    rest: Tensor,
+    rest: Tensor | None,
     output: Any,
     slot: int | None,
     batch_first: bool,
@@ -87,7 +87,7 @@ def merge_output(
 
     Args:
         draw: the site's draw; ``None``: the layer ran dense, and its output is returned as it is.
-        rest: from :func:`split_hidden`.
+        rest: from :func:`split_hidden`; ``None``: the dropped tokens stay out for the next layer.
         output: the layer's.
         slot: where in it the hidden states are.
         batch_first: their layout.
@@ -101,9 +101,8 @@ def merge_output(
     """
     if draw is None:
         return output
-    indices = draw.indices.expand(draw.batch, -1)
     if isinstance(output, Tensor):
-        return merge_tokens(rest, indices, output.to(rest.dtype), batch_first)
+        return _merged(draw, rest, output, batch_first)
     items = items_of(output)
     if slot is None or items is None or slot >= len(items) or not isinstance(items[slot], Tensor):
         raise LTDError(
@@ -113,7 +112,7 @@ def merge_output(
     known = dict(returned)
     for i, item in enumerate(items):
         if i == slot:
-            items[i] = merge_tokens(rest, indices, item.to(rest.dtype), batch_first)
+            items[i] = _merged(draw, rest, item, batch_first)
         elif i in dropped:
             items[i] = None
         elif item is not None and known.get(i) is not None:
@@ -127,3 +126,9 @@ def merge_output(
                 "LayerPattern"
             )
     return like(output, items)
+
+
+def _merged(draw: Draw, rest: Tensor | None, kept: Tensor, batch_first: bool) -> Tensor:
+    if rest is None:
+        return kept
+    return merge_tokens(rest, draw.indices.expand(draw.batch, -1), kept.to(rest.dtype), batch_first)

@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ltd_fx.errors import LTDError
+from ltd_fx.length import ReservedLength
 
 if TYPE_CHECKING:
     from ltd_fx.state import RouteState
@@ -82,51 +81,70 @@ class LTDScheduler:
             None if global_batch_size is None else _integer("global_batch_size", global_batch_size, 1)
         )
         self._state: RouteState | None = None
-        self._length: torch.Tensor
+        # by share: the length now, and the sum of the lengths of the steps so far
+        self._lengths: dict[float | None, ReservedLength] = {None: ReservedLength()}
+        self._sums: dict[float | None, int] = {None: 0}
         self._step = 0
-        self._length_sum = 0
         self._refresh()
 
-    def length_at(self, step: int) -> int:
-        """The reserved length at ``step``, in tokens: a pure function of the configuration."""
-        _integer("step", step, 0)
+    def length_at(self, step: int, share: float | None = None) -> int:
+        """The reserved length at ``step``, in tokens: a pure function of the configuration.
+
+        Layers with a ``share`` of their own start from ``share * max_length`` tokens instead of ``min_length``, and
+        are full when the others are: how many more tokens they drop, or fewer, stays in proportion.
+        """
+        length = self._unrounded(_integer("step", step, 0))
+        if share is not None:
+            span, own = self.max_length - self.min_length, self.max_length - self.least(share)
+            length = self.max_length - (self.max_length - length) * own / span if span else float(self.max_length)
+        # half of the way is not a rounding error less; DeepSpeed's own formula is left as it is
+        rounded = math.floor(length if self.kind == "linear" and share is None else length + 1e-9)
+        rounded -= rounded % self.multiple_of
+        least = -(-self.least(share) // self.multiple_of) * self.multiple_of
+        return min(max(rounded, least), self.max_length)
+
+    def least(self, share: float | None = None) -> int:
+        """The length, in tokens, that the schedule starts from: ``min_length``, or ``share`` of ``max_length``."""
+        return self.min_length if share is None else ReservedLength(share).of(self.max_length)
+
+    def _unrounded(self, step: int) -> float:
         span = self.max_length - self.min_length
         if callable(self.kind):
             length = self.kind(step)
             if isinstance(length, bool) or not isinstance(length, int):
                 raise LTDError(f"LTDScheduler: kind({step}) must return an integer length, got {length!r}")
-        elif self.kind == "linear":
-            length = math.floor(step / self.total_steps * span + self.min_length)
-        elif self.kind != "constant" and step >= self.total_steps:
+            return length
+        if self.kind == "linear":
+            return step / self.total_steps * span + self.min_length
+        if self.kind != "constant" and step >= self.total_steps:
             return self.max_length
-        else:
-            share = _CURVES[self.kind](step / self.total_steps, self.degree)
-            length = math.floor(share * span + self.min_length + 1e-9)  # half of the way is not a rounding error less
-        multiple = self.multiple_of
-        least = -(-self.min_length // multiple) * multiple
-        return min(max(length - length % multiple, least), self.max_length)
+        return _CURVES[self.kind](step / self.total_steps, self.degree) * span + self.min_length
 
     @property
     def reserved_length(self) -> int:
-        """The number of tokens that routed layers keep now."""
-        return self._length.shape[0]
+        """The number of tokens that routed layers keep now, unless they have a share of their own."""
+        length = self._lengths[None].published
+        assert length is not None
+        return length
 
     def step(self) -> None:
         """Go on by one training step; call it after ``optimizer.step()``."""
-        self._length_sum += self.reserved_length
+        for share in self._sums:
+            self._sums[share] += self.length_at(self._step, share)
         self._step += 1
         self._refresh()
 
     def set_step(self, global_step: int) -> None:
         """Go to ``global_step``, as if :meth:`step` had been called that many times from the start."""
-        self._length_sum = sum(map(self.length_at, range(_integer("global_step", global_step, 0))))
-        self._step = global_step
+        steps = _integer("global_step", global_step, 0)
+        self._sums = {share: self._sum(steps, share) for share in self._lengths}
+        self._step = steps
         self._refresh()
 
     @property
     def consumed_layer_tokens(self) -> int:
         """Layer tokens of the steps taken so far; see :meth:`total_layer_tokens`."""
-        return self._layer_tokens(self._step, self._length_sum)
+        return self._layer_tokens(self._step, self._sums)
 
     def total_layer_tokens(self, steps: int) -> int:
         """Layer tokens of the first ``steps`` steps: per step, global_batch_size * (length * routed layers +
@@ -136,13 +154,18 @@ class LTDScheduler:
             LTDError: before the scheduler is attached to a model, which knows the layer counts.
 
         """
-        return self._layer_tokens(steps, sum(map(self.length_at, range(_integer("steps", steps, 0)))))
+        _integer("steps", steps, 0)
+        return self._layer_tokens(steps, {share: self._sum(steps, share) for share in self._lengths})
 
-    def _layer_tokens(self, steps: int, length_sum: int) -> int:
+    def _sum(self, steps: int, share: float | None) -> int:
+        return sum(self.length_at(step, share) for step in range(steps))
+
+    def _layer_tokens(self, steps: int, sums: Mapping[float | None, int]) -> int:
         if self._state is None:
             raise LTDError("LTDScheduler: layer tokens need the layer counts; pass the scheduler to ltd_fx.transform")
-        routed, dense = self._state.routed, self._state.dense
-        return (self.global_batch_size or 1) * (length_sum * routed + steps * self.max_length * dense)
+        shares, dense = self._state.shares, self._state.dense
+        routed = sum(count * sums[share] for share, count in shares.items())
+        return (self.global_batch_size or 1) * (routed + steps * self.max_length * dense)
 
     @property
     def attached(self) -> bool:
@@ -150,19 +173,19 @@ class LTDScheduler:
         return self._state is not None
 
     def _attach(self, state: "RouteState | None") -> None:
+        """Drive ``state``'s model, whose layers read the lengths in ``state.lengths``; ``None``: no model."""
         self._state = state
+        self._lengths = {None: self._lengths[None], **(state.lengths if state is not None else {})}
+        self._sums = {share: self._sum(self._step, share) for share in self._lengths}
+        self._publish()
+
+    def _publish(self) -> None:
+        for share, length in self._lengths.items():
+            length.publish(self.length_at(self._step, share))
 
     def _refresh(self) -> None:
-        """Publish the length of the current step, and the key of its first forward.
-
-        The compiled graph reads the length as the *shape* of a zero-byte tensor, one tensor a length and its dimension
-        marked dynamic: a change of length then never recompiles.
-        """
-        length = self.length_at(self._step)
-        if not hasattr(self, "_length") or self._length.shape[0] != length:
-            self._length = torch.empty(length, 0)
-            if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
-                torch._dynamo.mark_dynamic(self._length, 0)
+        """Publish the lengths of the current step, and the key of its first forward."""
+        self._publish()
         if self._state is not None:
             self._state.begin_step(self._step)
 
@@ -210,14 +233,6 @@ class LTDScheduler:
     def __deepcopy__(self, memo: dict[int, Any]) -> "LTDScheduler":
         """A scheduler at the same step that drives no model: two would contend for one model's draws."""
         other = object.__new__(type(self))
-        other.__setstate__({**self.__getstate__(), "_state": None})
+        other.__dict__.update(self.__dict__, _state=None, _lengths={None: ReservedLength()})
+        other._attach(None)
         return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_length"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        attached, self._state = self._state, None  # unpickled with its own key: nothing to publish but the length
-        self._refresh()
-        self._state = attached

@@ -49,27 +49,35 @@ def _rebuild(*arguments: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-_classes: dict[tuple[type[nn.Module], type[nn.Module], LayerPattern], type[RoutedLayer]] = {}
+_classes: dict[tuple[type[nn.Module], type[nn.Module], LayerPattern, bool, bool], type[RoutedLayer]] = {}
 
 
-def routed_class(slot_class: type[nn.Module], layer_class: type[nn.Module], pattern: LayerPattern) -> type[RoutedLayer]:
+def routed_class(
+    slot_class: type[nn.Module],
+    layer_class: type[nn.Module],
+    pattern: LayerPattern,
+    enters: bool = True,
+    leaves: bool = True,
+) -> type[RoutedLayer]:
     """The swapped-in class. One per class and pattern, so that identical layers share code, and so a compiled graph.
 
     Args:
         slot_class: the class to extend: the layer's, or its checkpoint wrapper's.
         layer_class: whose ``forward`` tells the arguments.
         pattern: how to route it.
+        enters: whether tokens leave at it, rather than at a layer before it on its route.
+        leaves: whether they return after it.
 
     Raises:
         LTDError: the layer's ``forward`` cannot be expressed as a graph.
 
     """
-    arguments = (slot_class, layer_class, pattern)
+    arguments = (slot_class, layer_class, pattern, enters, leaves)
     if arguments in _classes:
         return _classes[arguments]
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
-    rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern)})
+    rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern, None, enters, leaves)})
     namespace = {
         "__module__": slot_class.__module__,
         "__doc__": slot_class.__doc__,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
+from ltd_fx.length import ReservedLength
 from ltd_fx.observe import describe
 from ltd_fx.sampling import draw_key
 
@@ -21,22 +23,14 @@ if TYPE_CHECKING:
 Protect = int | str | Callable[[Tensor], Tensor] | None
 
 
-def half(seq_len: int) -> int:
-    """The reserved length where no scheduler gives one."""
-    return max(seq_len // 2, 1)
-
-
 class Forward(NamedTuple):
     """A training forward, as far as its draws depend on it; ``inputs`` are described, not held."""
 
     key: Tensor
-    length: int | None
+    lengths: Mapping[float | None, int | None]
     inputs: Any
     grad: bool
     mask: Tensor | None
-
-    def keep(self, seq_len: int) -> int:
-        return half(seq_len) if self.length is None else self.length
 
 
 class RouteState:
@@ -47,12 +41,23 @@ class RouteState:
     what it was.
     """
 
-    def __init__(self, scheduler: "LTDScheduler | None", *, seed: int, shared: bool, routed: int, dense: int) -> None:
+    def __init__(
+        self,
+        scheduler: "LTDScheduler | None",
+        *,
+        seed: int,
+        shared: bool,
+        routed: int,
+        dense: int,
+        shares: Mapping[float | None, int] = MappingProxyType({}),
+    ) -> None:
         self.scheduler = scheduler
         self.seed = seed
         self.shared = shared
-        self.routed = routed
         self.dense = dense
+        # how many routed layers have which share of their own, or none; and the lengths that they read
+        self.shares: dict[float | None, int] = {None: routed - sum(shares.values()), **shares}
+        self.lengths = {share: ReservedLength(share) for share in self.shares}
         self.protect: Protect = None
         self.protected = 0  # so many first tokens, in every draw
         self.mask_place = 0
@@ -80,11 +85,11 @@ class RouteState:
                 raise LTDError(f"ltd_fx.transform: protect={protect!r} is not an argument of the model's forward")
             self.mask_place = parameters.index(protect)
         elif isinstance(protect, int) and not isinstance(protect, bool) and protect >= 0:
-            if self.scheduler is not None and protect > self.scheduler.min_length:
-                raise LTDError(
-                    f"ltd_fx.transform: protect={protect} tokens do not fit the scheduler's "
-                    f"min_length={self.scheduler.min_length}"
-                )
+            for share in self.shares:
+                least = protect if self.scheduler is None else self.scheduler.least(share)
+                if protect > least:
+                    which = f"min_length={least}" if share is None else f"keep={share}, which starts at {least} tokens"
+                    raise LTDError(f"ltd_fx.transform: protect={protect} tokens do not fit the scheduler's {which}")
             self.protected = protect
             protect = protect or None
         elif protect is not None and not callable(protect):
@@ -129,12 +134,8 @@ class RouteState:
             site.number = site.number.to(device)
 
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        length = None if self.scheduler is None else self.scheduler.reserved_length
-        self.last = Forward(self.key, length, describe(args, kwargs), torch.is_grad_enabled(), self.mask)
-
-    def keep(self, seq_len: int) -> int:
-        """The reserved length for sequences of ``seq_len`` tokens."""
-        return half(seq_len) if self.scheduler is None else self.scheduler._length.shape[0]
+        lengths = {share: length.published for share, length in self.lengths.items()}
+        self.last = Forward(self.key, lengths, describe(args, kwargs), torch.is_grad_enabled(), self.mask)
 
     def guard_recompute(self) -> None:
         """Called by each routed layer outside compiled code: refuse a recompute that would draw other tokens.

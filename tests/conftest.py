@@ -62,18 +62,19 @@ def decoder(family: str, **config: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def gpt2() -> nn.Module:
+def gpt2(depth: int = 4) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 64, "n_inner": 48}
+    sizes = {"n_embd": 32, "n_layer": depth, "n_head": 4, "n_positions": 64, "vocab_size": 64, "n_inner": 48}
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**sizes, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     )
 
 
-def bert() -> nn.Module:
+def bert(depth: int = 4) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(**_SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    sizes = {**_SIZES, "num_hidden_layers": depth}
+    config = transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return transformers.BertForMaskedLM(config)
 
 

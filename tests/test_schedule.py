@@ -148,7 +148,7 @@ def test_the_length_is_the_shape_of_one_zero_byte_tensor():
     scheduler = LTDScheduler(1, 64, 32, multiple_of=8, kind=lambda step: step)
     carriers = []
     for step in range(80):
-        carrier = scheduler._length
+        carrier = scheduler._lengths[None]._carrier
         assert (carrier.shape, carrier.nbytes) == ((scheduler.length_at(step), 0), 0)
         if not carriers or carriers[-1] is not carrier:
             carriers.append(carrier)
@@ -160,7 +160,7 @@ def test_a_compiled_graph_serves_every_length():
     torch._dynamo.reset()
     scheduler = LTDScheduler(2, 64, 62)
     counter = CompileCounter()
-    compiled = torch.compile(lambda x: x[: scheduler._length.shape[0]] * 2, backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda x: x[: scheduler._lengths[None].tokens(64)] * 2, backend=counter, fullgraph=True)
     for length in range(2, 60):
         assert compiled(torch.ones(64)).shape == (length,)
         scheduler.step()
@@ -247,14 +247,18 @@ def test_draws_need_a_model():
 @pytest.mark.parametrize("build", [bert, lambda: LTDScheduler(32, 197, 3910, multiple_of=8)], ids=["attached", "bare"])
 def test_copies_are_independent(build, clone):
     scheduler = walk(build(), 100)
-    before, carrier, key = scheduler.state_dict(), scheduler._length, scheduler._state and scheduler._state.key
+    before, carrier, key = (
+        scheduler.state_dict(),
+        scheduler._lengths[None]._carrier,
+        scheduler._state and scheduler._state.key,
+    )
     copied = clone(scheduler)
     assert copied.state_dict()["config"] == before["config"]
     assert copied.reserved_length == scheduler.reserved_length
     walk(copied, 1000)
     assert copied.reserved_length == copied.length_at(1100)
     assert scheduler.state_dict() == before
-    assert scheduler._length is carrier
+    assert scheduler._lengths[None]._carrier is carrier
     assert (scheduler._state and scheduler._state.key) is key
 
 

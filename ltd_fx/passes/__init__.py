@@ -1,4 +1,4 @@
-"""The rewrite: ``locate``, ``align``, ``route``, ``check``, each a function that changes one ``fx.Graph``.
+"""The rewrite: ``locate``, ``align``, ``route``, ``check``, ``span``, each a function that changes one ``fx.Graph``.
 
 Each lints the graph it leaves, logs (at debug level) what it did, and returns its count.
 """
@@ -12,8 +12,9 @@ from ltd_fx.passes.align import align
 from ltd_fx.passes.check import check
 from ltd_fx.passes.locate import Target, locate
 from ltd_fx.passes.route import route
+from ltd_fx.passes.span import span
 
-__all__ = ["Target", "align", "check", "locate", "rewrite", "route"]
+__all__ = ["Target", "align", "check", "locate", "rewrite", "route", "span"]
 
 
 def rewrite(graph: fx.Graph, targets: Mapping[str, Target], sites: Mapping[str, Site] | None = None) -> None:
@@ -32,3 +33,4 @@ def rewrite(graph: fx.Graph, targets: Mapping[str, Target], sites: Mapping[str, 
     align(graph)
     route(graph)
     check(graph, sites)
+    span(graph)  # last: what it leaves of a call has no split of its own to check

@@ -25,12 +25,18 @@ META = "ltd_fx"
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to route: ``site`` is the attribute of the graph's root that holds its :class:`ltd_fx.draw.Site`."""
+    """A layer to route: ``site`` is the attribute of the graph's root that holds its :class:`ltd_fx.draw.Site`.
+
+    Tokens leave at it (``enters``) and return after it (``leaves``), or do so at other layers of its ``route``.
+    """
 
     name: str
     site: str
     signature: inspect.Signature
     pattern: LayerPattern
+    route: str | None = None
+    enters: bool = True
+    leaves: bool = True
 
 
 @dataclass

@@ -1,0 +1,60 @@
+"""The reserved length as a compiled graph reads it: the *shape* of a zero-byte tensor, so that no change recompiles."""
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+
+class ReservedLength:
+    """How many tokens the layers with one ``share`` keep.
+
+    Args:
+        share: of the tokens, in (0, 1], at which a schedule starts, or which is kept always where there is none;
+            ``None``: the scheduler's own length, or half.
+
+    """
+
+    def __init__(self, share: float | None = None) -> None:
+        self.share = share
+        ratio = Fraction(0.5 if share is None else share).limit_denominator(10_000)
+        # integers, so that a symbolic sequence length stays exact
+        self._numerator, self._denominator = ratio.numerator, ratio.denominator
+        self._carrier: torch.Tensor | None = None
+
+    @property
+    def published(self) -> int | None:
+        """The scheduler's length, in tokens; ``None`` without a scheduler."""
+        return None if self._carrier is None else self._carrier.shape[0]
+
+    def publish(self, length: int) -> None:
+        """Have compiled graphs read ``length``: one tensor a length, its dimension marked dynamic."""
+        if self.published == length:
+            return
+        self._carrier = torch.empty(length, 0)
+        if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
+            torch._dynamo.mark_dynamic(self._carrier, 0)
+
+    def tokens(self, seq_len: int) -> int:
+        """The reserved length for sequences of ``seq_len`` tokens; layers run dense where it is no less than that."""
+        if self._carrier is None:
+            return self.of(seq_len)
+        return self._carrier.shape[0]
+
+    def of(self, seq_len: int) -> int:
+        """The share of ``seq_len`` tokens, at least one."""
+        return max(seq_len * self._numerator // self._denominator, 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReservedLength":
+        """Copies of a model follow the same scheduler."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tensor, whose mark does not survive; :meth:`publish` makes it anew."""
+        return {**self.__dict__, "_carrier": self.published}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        length = state["_carrier"]
+        self.__dict__.update(state, _carrier=None)
+        if length is not None:
+            self.publish(length)
