@@ -1,7 +1,7 @@
 """Train transformers on fewer tokens per layer, inside ``torch.compile``."""
 
 from ltd_fx.align import Aligned
-from ltd_fx.api import is_transformed, restore, sampled_indices, summary, transform, verify
+from ltd_fx.api import compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 from ltd_fx.patterns import LayerPattern, register_pattern
@@ -22,6 +22,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "clean_state_dict",
+    "compile_layers",
     "is_transformed",
     "load_clean",
     "register_pattern",

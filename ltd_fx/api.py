@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ltd_fx import ops, replay
 from ltd_fx.errors import LTDError
@@ -99,6 +99,39 @@ def transform(
     state.set_protect(protect, model)
     ops.register_inductor_decompositions()
     attach(model, routed, entries, state, example_inputs)
+    return model
+
+
+def compile_layers(model: Model, **options: Any) -> Model:
+    """Compile the model's layers one by one, in place, instead of the whole model: layers that are alike share a graph.
+
+    It takes as long for 32 layers as for 4: one graph for dense layers, one for routed layers, one for these at full
+    length (of a route over several layers, its first, inner and last layers have graphs of their own). What is between
+    the layers runs as it is. A transformers decoder needs ``use_cache=False``: a cache has a state for each layer,
+    which would cost each a graph.
+
+    Args:
+        model: transformed or not; its target layers are compiled, dense ones too.
+        options: for ``torch.compile``: backend, mode, fullgraph, ...
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        LTDError: no layers are found, or ``model`` is an ``fx.GraphModule``, whose routing is in its own graph: compile
+            it whole.
+
+    """
+    found = find_rewrite_maybe(model)
+    root = model if found is None else found[0]
+    if isinstance(root, fx.GraphModule):
+        raise LTDError("ltd_fx.compile_layers: the model is an fx.GraphModule; call torch.compile on it instead")
+    if found is None:
+        names = [layer.name for stack in find_stacks(model, None) for layer in stack]
+    else:
+        names = [entry.name for entry in found[1].entries]
+    for name in names:
+        root.get_submodule(name).compile(**options)
     return model
 
 
