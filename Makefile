@@ -19,8 +19,9 @@ lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## benchmarks, with ratios measured in one run
+bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and docs/performance.md from them
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BATCH, CASES, SEQ, Case, loss_of, text
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -72,8 +72,7 @@ def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
     model.config.use_cache = False
     ltd_fx.transform(model, scheduler)
     counter = CompileCounterWithBackend("aot_eager")
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, backend=counter)
+    assert ltd_fx.compile_layers(model, fullgraph=True, backend=counter) is model
     for _ in range(6):
         saved = scheduler.state_dict()
         ours = step(model, model, text())
@@ -82,6 +81,22 @@ def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
             assert_same(ours, step(model, model, text()))
         scheduler.step()
     assert counter.frame_count <= 3  # the dense layer class, the routed one routed, the routed one dense
+
+
+def test_layers_of_an_untransformed_model_compile_one_by_one(case: Case) -> None:
+    plain = case.model()
+    model = ltd_fx.compile_layers(case.model(), backend="aot_eager")
+    assert_same(step(model, model, case.inputs()), step(plain, plain, case.inputs()))
+    compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+    assert compiled == list(model.get_submodule(case.layers))
+
+
+def test_what_has_no_layers_to_compile_is_refused() -> None:
+    with pytest.raises(ltd_fx.LTDError, match="neither a layer"):
+        ltd_fx.compile_layers(nn.Linear(2, 2))
+    graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ltd_fx.LTDError, match=r"torch\.compile on it"):
+        ltd_fx.compile_layers(graph)
 
 
 class Blocks(nn.Module):

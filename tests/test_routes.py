@@ -125,8 +125,7 @@ def test_compiled_with_routes(regional: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = model
     if regional:
-        for layer in model.get_submodule(case.layers):
-            layer.compile(backend=counter, fullgraph=True)
+        ltd_fx.compile_layers(model, backend=counter, fullgraph=True)
     else:
         compiled = torch.compile(model, backend=counter, fullgraph=True)
     for step in (*range(8), 16, 24):

@@ -1,0 +1,151 @@
+"""Put the results into docs/performance.md, between the markers of each table, and draw docs/performance.png.
+
+python tests/benchmarks/report.py
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from results import PATH, Results, Row
+
+PAGE = PATH.with_suffix(".md")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [list(header), ["---"] * len(list(header)), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval(values: list[float] | None) -> str:
+    return "" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def speed(rows: list[Row]) -> str:
+    header = ("setting", "", "variant", "CPU seconds, quartiles", "efficiency by CPU time", "by wall time")
+    return table(
+        header,
+        (
+            (
+                row["setting"],
+                row["how"],
+                row["variant"],
+                interval([row["cpu_s"][1], row["cpu_s"][0], row["cpu_s"][2]]),
+                interval(row.get("efficiency_cpu")),
+                interval(row.get("efficiency_wall")),
+            )
+            for row in rows
+        ),
+    )
+
+
+def memory(rows: list[Row]) -> str:
+    return table(
+        ("setting", "", "variant", "peak, MiB", "of the ideal", "saved for the backward, MiB", "of the ideal"),
+        (
+            (
+                row["setting"],
+                row["how"],
+                row["variant"],
+                f"{row['peak'] / 2**20:.1f}",
+                f"{row['ratios'][0]:.3f}",
+                f"{row['saved'] / 2**20:.1f}",
+                f"{row['ratios'][1]:.3f}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def traffic(rows: list[Row]) -> str:
+    return table(
+        ("setting", "", "variant", "forward, B·k·d", "backward, B·k·d", "kernels forward", "backward"),
+        (
+            (
+                row["setting"],
+                row["how"],
+                row["variant"],
+                *(f"{value:+.2f}" for value in row["elements"]),
+                *(f"{value:+}" for value in row["kernels"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+def walk(rows: list[Row]) -> str:
+    return table(
+        ("walk", "backend", "variant", "graphs", "CPU seconds of compilation", "then eager"),
+        (
+            (r["setting"], r["how"], r["variant"], r["graphs"], f"{r['seconds']:.1f}", "yes" if r["eager"] else "")
+            for r in rows
+        ),
+    )
+
+
+def depth(rows: list[Row]) -> str:
+    return table(
+        ("compiled", "layers", "dense, CPU seconds", "routed, CPU seconds"),
+        ((r["how"], r["setting"], f"{r['dense']:.1f}", f"{r['routed']:.1f}") for r in rows),
+    )
+
+
+def growth(rows: list[Row]) -> str:
+    return table(
+        ("S", "d", "B", "routing, ms", "layer, ms", "share"),
+        ((*r["setting"], f"{r['route_ms']:.2f}", f"{r['layer_ms']:.0f}", f"{r['share']:.2%}") for r in rows),
+    )
+
+
+def growth_fit(rows: list[Row]) -> str:
+    (row,) = rows
+    return (
+        f"Fitted: {row['ms']:.2f} ms and {row['ns_an_element']:.2f} ns an element of B·S·d, forward and backward; no "
+        f"measurement is more than {row['worst']:.0%} off."
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    f.__name__: f for f in (speed, memory, traffic, walk, depth, growth, growth_fit)
+}
+
+
+def draw(results: Results) -> None:
+    """Realised efficiency of the compiled settings, with its intervals."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in results.tables.get("speed", []) if r["how"] == "compiled" and "efficiency_cpu" in r]
+    settings = list(dict.fromkeys(r["setting"] for r in rows))
+    variants = [v for v in dict.fromkeys(r["variant"] for r in rows) if v != "ideal"]
+    figure = Figure(figsize=(9, 0.6 + 0.6 * len(settings)), layout="constrained")
+    axes = figure.subplots()
+    for j, variant in enumerate(variants):
+        mine = [r for r in rows if r["variant"] == variant]
+        y = [settings.index(r["setting"]) + (j - len(variants) / 2) / (len(variants) + 1) for r in mine]
+        middle, low, high = zip(*(r["efficiency_cpu"] for r in mine), strict=True)
+        errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axes.errorbar(middle, y, xerr=errors, fmt="o", capsize=2, label=variant)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(settings)), settings)
+    axes.invert_yaxis()
+    axes.set_xlabel("realised efficiency by CPU time: time saved over what the ideal saves (90% interval)")
+    axes.legend(fontsize="small")
+    figure.savefig(PATH.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    results = Results()
+    page = PAGE.read_text()
+    for name, rows in results.tables.items():
+        text = TABLES[name](rows)
+        page, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.S
+        )
+        assert count == 1, f"{PAGE} has no place for {name}"
+    PAGE.write_text(page)
+    if "speed" in results.tables:
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()
