@@ -13,13 +13,13 @@ from torch import Tensor
 from ltd_fx.errors import LTDError
 from ltd_fx.sampling import sample
 
-_lib = torch.library.Library("ltd_fx", "DEF")
-_lib.define(
+lib = torch.library.Library("ltd_fx", "DEF")
+lib.define(
     "sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep, "
     "Tensor? rank=None) -> Tensor"
 )
-_lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
-_lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
+lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
+lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
 
 def _require(condition: Any, message: Callable[[], str]) -> None:
@@ -29,7 +29,7 @@ def _require(condition: Any, message: Callable[[], str]) -> None:
 # ---- arguments: what is checked in the kernels and under fake tensors alike
 
 
-def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
+def check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
     scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
     _require(
         scalars,
@@ -45,7 +45,7 @@ def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int
         _require(fits, lambda: f"rank must be [{batch} or 1, {seq_len}], got {tuple(rank.shape)}")
 
 
-def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
+def check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
     _require(hidden.ndim == 3, lambda: f"hidden must have three dimensions, got shape {tuple(hidden.shape)}")
     _require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
     _require(
@@ -59,14 +59,15 @@ def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
     _require(hidden.device == indices.device, lambda: f"hidden is on {hidden.device}, indices on {indices.device}")
 
 
-def _check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
-    _check_indices(hidden, indices, batch_first)
+def check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
+    check_indices(hidden, indices, batch_first)
     _require(kept.ndim == 3, lambda: f"kept must have three dimensions, got shape {tuple(kept.shape)}")
     rows, keep = indices.shape
     expected = (rows, keep, hidden.shape[2]) if batch_first else (keep, rows, hidden.shape[2])
     for size, expected_size in zip(kept.shape, expected, strict=True):
         _require(size == expected_size, lambda: f"kept must have shape {tuple(expected)}, but has {tuple(kept.shape)}")
     _require(kept.dtype == hidden.dtype, lambda: f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
+    _require(kept.device == hidden.device, lambda: f"kept is on {kept.device}, hidden on {hidden.device}")
 
 
 def _check_values(indices: Tensor, seq_len: int) -> None:
@@ -80,11 +81,11 @@ def _check_values(indices: Tensor, seq_len: int) -> None:
 # ---- kernels
 
 
-@torch.library.impl(_lib, "sample_tokens", "CompositeExplicitAutograd")
-def _sample_kernel(
+@torch.library.impl(lib, "sample_tokens", "CompositeExplicitAutograd")
+def sample_kernel(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep, rank)
+    check_sample(key, site, batch, seq_len, keep, rank)
     return sample(key, site, batch, seq_len, keep, rank)
 
 
@@ -96,9 +97,9 @@ def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
     return (indices * indices.shape[0] + batch).T.flatten()
 
 
-@torch.library.impl(_lib, "gather_tokens", "CompositeExplicitAutograd")
-def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
-    _check_indices(hidden, indices, batch_first)
+@torch.library.impl(lib, "gather_tokens", "CompositeExplicitAutograd")
+def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    check_indices(hidden, indices, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     if not hidden.is_contiguous():
@@ -108,9 +109,9 @@ def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) ->
     return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
 
 
-@torch.library.impl(_lib, "scatter_tokens", "CompositeExplicitAutograd")
-def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    _check_kept(hidden, indices, kept, batch_first)
+@torch.library.impl(lib, "scatter_tokens", "CompositeExplicitAutograd")
+def scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    check_kept(hidden, indices, kept, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     out = hidden.clone(memory_format=torch.contiguous_format)
@@ -121,24 +122,24 @@ def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: 
 # ---- fake tensors
 
 
-@torch.library.register_fake("ltd_fx::sample_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::sample_tokens", lib=lib)
 def _sample_fake(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep, rank)
+    check_sample(key, site, batch, seq_len, keep, rank)
     return key.new_empty((batch, keep))
 
 
-@torch.library.register_fake("ltd_fx::gather_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::gather_tokens", lib=lib)
 def _gather_fake(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
-    _check_indices(hidden, indices, batch_first)
+    check_indices(hidden, indices, batch_first)
     batch, keep = indices.shape
     return hidden.new_empty((batch, keep, hidden.shape[2]) if batch_first else (keep, batch, hidden.shape[2]))
 
 
-@torch.library.register_fake("ltd_fx::scatter_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::scatter_tokens", lib=lib)
 def _scatter_fake(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    _check_kept(hidden, indices, kept, batch_first)
+    check_kept(hidden, indices, kept, batch_first)
     return hidden.new_empty(hidden.shape)
 
 
@@ -169,8 +170,8 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tens
     return grad_hidden, None, grad_kept, None
 
 
-torch.library.register_autograd("ltd_fx::gather_tokens", _gather_backward, setup_context=_save_indices, lib=_lib)
-torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, setup_context=_save_indices, lib=_lib)
+torch.library.register_autograd("ltd_fx::gather_tokens", _gather_backward, setup_context=_save_indices, lib=lib)
+torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, setup_context=_save_indices, lib=lib)
 
 
 # ---- vmap: the mapped dimension joins the batch
@@ -191,7 +192,7 @@ def _part(value: Tensor, batch_dim: int, size: int) -> Tensor:
     return parted
 
 
-@torch.library.register_vmap("ltd_fx::sample_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::sample_tokens", lib=lib)
 def _sample_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -215,7 +216,7 @@ def _sample_vmap(
     return rows.unflatten(0, (size, batch)), 0
 
 
-@torch.library.register_vmap("ltd_fx::gather_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::gather_tokens", lib=lib)
 def _gather_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, batch_first: bool = True
 ) -> tuple[Tensor, int]:
@@ -227,7 +228,7 @@ def _gather_vmap(
     return _part(out, batch_dim, info.batch_size), 0
 
 
-@torch.library.register_vmap("ltd_fx::scatter_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::scatter_tokens", lib=lib)
 def _scatter_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True
 ) -> tuple[Tensor, int]:
