@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.sampling import sample
+from ltd_fx.sampling import sample, sample_on_cpu
 
 lib = torch.library.Library("ltd_fx", "DEF")
 lib.define(
@@ -87,6 +87,14 @@ def sample_kernel(
 ) -> Tensor:
     check_sample(key, site, batch, seq_len, keep, rank)
     return sample(key, site, batch, seq_len, keep, rank)
+
+
+@torch.library.impl(lib, "sample_tokens", "CPU")
+def _sample_on_cpu(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    check_sample(key, site, batch, seq_len, keep, rank)
+    return sample_on_cpu(key, site, batch, seq_len, keep, rank)
 
 
 def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
