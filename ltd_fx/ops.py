@@ -1,9 +1,11 @@
 """The operators ``torch.ops.ltd_fx.{sample_tokens, gather_tokens, scatter_tokens}``.
 
-All are functional: they return fresh tensors and change none. One kernel written in torch serves every device; the CPU
-also checks the values of the indices, which elsewhere would cost a device synchronisation.
+All are functional: they return fresh tensors and change none. One kernel written in torch serves every device but CUDA
+(:mod:`ltd_fx.cuda.ops`); the CPU also checks the values of the indices, which elsewhere would cost a device
+synchronisation, and samples in numpy.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -266,19 +268,46 @@ def _scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_fi
     return hidden.index_put(_positions(indices, batch_first), kept)
 
 
-def register_inductor_decompositions() -> None:
-    """Let Inductor see through the operators; harmless to repeat, needed once before the first compile.
+def _sample_by_sorting(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Any:
+    if key.device.type == "cpu":  # the kernel is several times as fast, and there is nothing to fuse with
+        return NotImplemented
+    return sample(key, site, batch, seq_len, keep, rank)
 
-    Not done on import: it loads Inductor, which ``import ltd_fx`` must not.
+
+_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "sample_tokens": _sample_by_sorting,
+    "gather_tokens": _gather_by_indexing,
+    "scatter_tokens": _scatter_by_indexing,
+}
+_KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
+
+
+def register_inductor_decompositions() -> None:
+    """Let Inductor see through the operators, or with ``LTD_FX_LOWERING=kernel`` call their kernels.
+
+    Harmless to repeat, needed once before the first compile. Not done on import: it loads Inductor, which
+    ``import ltd_fx`` must not.
+
+    Raises:
+        LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
+
     """
     from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
 
-    ops = torch.ops.ltd_fx
-    if ops.gather_tokens.default in decompositions:
+    lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
+    if lowering not in ("fuse", "kernel"):
+        raise LTDError(f"ltd_fx: LTD_FX_LOWERING must be fuse or kernel, got {lowering!r}")
+    # The caches on disk do not know of decompositions: without a tag they would hand out the other lowering's graphs.
+    config = torch.compiler.config
+    config.cache_key_tag = config.cache_key_tag.replace(_KERNEL_TAG, "") + (_KERNEL_TAG if lowering == "kernel" else "")
+    if (torch.ops.ltd_fx.gather_tokens.default in decompositions) == (lowering == "fuse"):
         return
-    register_decomposition([ops.sample_tokens.default])(
-        lambda key, site, like, batch, seq_len, keep, rank=None: sample(key, site, batch, seq_len, keep, rank)
-    )
-    register_decomposition([ops.gather_tokens.default])(_gather_by_indexing)
-    register_decomposition([ops.scatter_tokens.default])(_scatter_by_indexing)
+    for name, decomposition in _DECOMPOSITIONS.items():
+        op = getattr(torch.ops.ltd_fx, name).default
+        if lowering == "fuse":
+            register_decomposition([op])(decomposition)
+        else:
+            del decompositions[op]
     fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one

@@ -2,7 +2,7 @@
 
 There is no generator state: the same (key, site, row) gives the same subset on every device, in a recompute under
 activation checkpointing, after a resume, and in ``ltd_fx.sampled_indices``. Each token of a row gets a 32-bit hash and
-the ``keep`` smallest win, so every subset is equally likely (up to ties, about S / 2**32).
+the ``keep`` smallest win, so every subset is equally likely. No two tokens of a row have the same hash: it is a bijection.
 
 The function is written three times with the same result: in torch for every device and compiler, in numpy for the CPU,
 and in ``cuda/kernels.cu``.
@@ -59,7 +59,8 @@ def hashes(key: Tensor, site: Tensor, rows: int, seq_len: int) -> Tensor:
     words = (key & _MASK32, (key >> 32) & _MASK32, site & _MASK32, row, torch.zeros_like(row))
     for word, increment in zip(words, _INCREMENTS, strict=True):
         left, right = right ^ _mix(((left ^ word) + increment) & _MASK32), left
-    return _mix(_mix((token + left[:, None]) & _MASK32) ^ right[:, None])
+    hashed: Tensor = _mix(_mix((token + left[:, None]) & _MASK32) ^ right[:, None])
+    return hashed
 
 
 def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: Tensor | None = None) -> Tensor:
@@ -96,21 +97,16 @@ def sample_on_cpu(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int,
     for word, increment in zip((number, number >> 32, int(site)), _INCREMENTS, strict=False):
         left, right = right ^ _mix(((left ^ (word & _MASK32)) + increment) & _MASK32), left
     lefts, rights = np.full((2, rows), [[left], [right]], np.uint32)
-    for row, increment in zip((np.arange(rows, dtype=np.uint32), 0), _INCREMENTS[3:], strict=True):
-        lefts, rights = rights ^ _mix_in_place((lefts ^ row) + np.uint32(increment)), lefts
+    row = np.arange(rows, dtype=np.uint32)
+    for words, increment in zip((row, np.zeros_like(row)), _INCREMENTS[3:], strict=True):
+        lefts, rights = rights ^ _mix_in_place((lefts ^ words) + np.uint32(increment)), lefts
     hashed = np.arange(seq_len, dtype=np.uint32) + lefts[:, None]
     hashed = _mix_in_place(np.bitwise_xor(_mix_in_place(hashed), rights[:, None], out=hashed))
+    ranked: NDArray[Any] = hashed
     if rank is not None:
-        hashed = hashed + ((rank.numpy() + 1).astype(np.uint64) << np.uint64(32))
-    last = np.partition(hashed, keep - 1, axis=1)[:, keep - 1 : keep]
-    kept = hashed <= last
-    flat = np.flatnonzero(kept)
-    if len(flat) != rows * keep:  # more tokens than one have the last hash of a row: the first of them are kept
-        for row in np.flatnonzero(kept.sum(1) > keep):
-            ties = np.flatnonzero(hashed[row] == last[row])
-            kept[row, ties[keep - kept[row].sum() :]] = False
-        flat = np.flatnonzero(kept)
-    indices = flat.reshape(rows, keep)
+        ranked = hashed + ((rank.numpy() + 1).astype(np.uint64) << np.uint64(32))
+    last = np.partition(ranked, keep - 1, axis=1)[:, keep - 1 : keep]
+    indices = np.flatnonzero(ranked <= last).reshape(rows, keep)
     indices -= np.arange(rows)[:, None] * seq_len
     return torch.from_numpy(indices)
 

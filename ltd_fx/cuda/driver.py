@@ -1,4 +1,4 @@
-"""The kernels loaded on a device, by way of the CUDA driver. Nothing here runs before the first call on a CUDA tensor."""
+"""The kernels loaded on a device, by way of the CUDA driver, at the first call of an operator on it."""
 
 import ctypes
 import os

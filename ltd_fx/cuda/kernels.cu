@@ -6,7 +6,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-// ---- sample_tokens: the `keep` smallest of (rank, hash, token), as ltd_fx/sampling.py defines them
+// ---- sample_tokens: the `keep` smallest by (rank, hash), as ltd_fx/sampling.py defines them
 
 struct Sample {
     const i64* key;            // []
@@ -45,7 +45,8 @@ struct Order {
         left = next;
     }
 
-    // (rank, hash) as one number of 34 bits. The hash is computed again wherever it is needed: cheaper than storing it.
+    // (rank, hash) as one number of 34 bits, different for each token: the hash is a bijection of it.
+    // Computed again wherever it is needed, which is cheaper than storing it.
     __device__ u64 operator()(u32 token) const {
         const u32 hash = mix(mix(token + left) ^ right);
         const i64 level = rank ? rank[token * rank_token] : 0;
@@ -73,59 +74,49 @@ __device__ inline u32 exclusive_sum(u32 value, u32* warp_sums, u32& total) {
     return before + sum - value;
 }
 
-// One block a row. Radix select of the keep-th smallest (rank, hash), nine bits at a time from the top; then one pass
-// over the tokens in order writes those below it, and of those equal to it the first few. `keep` is at least 1.
+// One block a row. Radix select of the keep-th smallest (rank, hash), nine bits at a time from the top; then one pass over
+// the tokens in order writes those up to it. `keep` is at least 1.
 extern "C" __global__ void __launch_bounds__(1024) sample_tokens(const __grid_constant__ Sample a) {
     constexpr u32 BITS = 9, BINS = 1 << BITS, STRIP = 16;
-    __shared__ u32 histogram[BINS], warp_sums[32], chosen, below_chosen;
+    __shared__ u32 histogram[BINS], warp_sums[32], chosen, before_chosen;
     const u32 seq_len = (u32)a.seq_len, thread = threadIdx.x;
     const Order order(a, blockIdx.x);
 
-    u64 threshold = 0;         // the bits found so far of the keep-th smallest
-    u32 ties = (u32)a.keep;    // how many of those that start with these bits are kept
+    u64 last = 0;            // the bits found so far of the keep-th smallest
+    u32 wanted = (u32)a.keep;  // which one it is among those that start with these bits
     u32 total;
     for (int shift = 27; shift >= 0; shift -= BITS) {
         for (u32 bin = thread; bin < BINS; bin += blockDim.x) histogram[bin] = 0;
         __syncthreads();
         for (u32 token = thread; token < seq_len; token += blockDim.x) {
             const u64 value = order(token);
-            if (value >> (shift + BITS) == threshold >> (shift + BITS)) atomicAdd(&histogram[value >> shift & (BINS - 1)], 1u);
+            if (value >> (shift + BITS) == last >> (shift + BITS)) atomicAdd(&histogram[value >> shift & (BINS - 1)], 1u);
         }
         __syncthreads();
         const bool owner = thread < BINS / 2;  // of two bins; a block has at least that many threads
         const u32 first = owner ? histogram[2 * thread] : 0, second = owner ? histogram[2 * thread + 1] : 0;
-        u32 before = exclusive_sum(first + second, warp_sums, total);
-        if (before < ties && ties <= before + first + second) {  // one thread
-            const bool in_second = ties > before + first;
+        const u32 before = exclusive_sum(first + second, warp_sums, total);
+        if (before < wanted && wanted <= before + first + second) {  // one thread
+            const bool in_second = wanted > before + first;
             chosen = 2 * thread + in_second;
-            below_chosen = before + (in_second ? first : 0);
+            before_chosen = before + (in_second ? first : 0);
         }
         __syncthreads();
-        threshold |= (u64)chosen << shift;
-        ties -= below_chosen;
+        last |= (u64)chosen << shift;
+        wanted -= before_chosen;
     }
 
     i64* indices = a.indices + blockIdx.x * a.keep;
-    u32 below_so_far = 0, equal_so_far = 0;
+    u32 written = 0;
     for (u32 start = 0; start < seq_len; start += blockDim.x * STRIP) {
         const u32 strip = start + thread * STRIP;
-        u32 below = 0, equal = 0;  // a bit a token
-        for (u32 i = 0; i < STRIP && strip + i < seq_len; ++i) {
-            const u64 value = order(strip + i);
-            below |= (u32)(value < threshold) << i;
-            equal |= (u32)(value == threshold) << i;
-        }
-        // both counts in one sum: a block passes over at most 1024 * STRIP < 2**16 tokens at a time
-        const u32 before = exclusive_sum(__popc(below) | __popc(equal) << 16, warp_sums, total);
-        u32 n_below = below_so_far + (before & 0xFFFF), n_equal = equal_so_far + (before >> 16);
+        u32 kept = 0;  // a bit a token
+        for (u32 i = 0; i < STRIP && strip + i < seq_len; ++i) kept |= (u32)(order(strip + i) <= last) << i;
+        u32 at = written + exclusive_sum(__popc(kept), warp_sums, total);
         for (u32 i = 0; i < STRIP; ++i) {
-            const bool is_below = below >> i & 1, is_equal = equal >> i & 1;
-            if (is_below || (is_equal && n_equal < ties)) indices[n_below + min(n_equal, ties)] = strip + i;
-            n_below += is_below;
-            n_equal += is_equal;
+            if (kept >> i & 1) indices[at++] = strip + i;
         }
-        below_so_far += total & 0xFFFF;
-        equal_so_far += total >> 16;
+        written += total;
     }
 }
 

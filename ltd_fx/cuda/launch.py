@@ -7,7 +7,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ltd_fx.cuda.driver import Dim3, Kernels
@@ -169,4 +168,3 @@ def _block(accesses: int) -> Dim3:
     threads = accesses if accesses <= 32 else max(32, accesses // 4)
     threads = min(THREADS, 1 << (threads - 1).bit_length())
     return threads, THREADS // threads, 1
-
