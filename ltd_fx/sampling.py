@@ -2,7 +2,8 @@
 
 There is no generator state: the same (key, site, row) gives the same subset on every device, in a recompute under
 activation checkpointing, after a resume, and in ``ltd_fx.sampled_indices``. Each token of a row gets a 32-bit hash and
-the ``keep`` smallest win, so every subset is equally likely. No two tokens of a row have the same hash: it is a bijection.
+the ``keep`` smallest win, so every subset is equally likely. No two tokens of a row have the same hash (it is a
+bijection), so there are no ties.
 
 The function is written three times with the same result: in torch for every device and compiler, in numpy for the CPU,
 and in ``cuda/kernels.cu``.

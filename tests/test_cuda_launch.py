@@ -280,7 +280,7 @@ def test_sizes_beyond_32_bits() -> None:
     assert (grid, block) == ((seq_len // 16, batch, 1), (32, 8, 1))
 
 
-def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits() -> None:
     """Rows that lie more than 2**31 bytes apart, read and merged by the kernels."""
     apart = 2**31 + 64
     hidden = (

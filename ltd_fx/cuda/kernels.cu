@@ -227,8 +227,8 @@ extern "C" __global__ void __launch_bounds__(256, 4) merge_rows(const __grid_con
     const i64 thread = threadIdx.y * blockDim.x + threadIdx.x, first = blockIdx.x * a.tile;
     for (i64 b = blockIdx.y; b < a.indices.batch; b += gridDim.y) {
         if (thread < a.tile) source[thread] = -1;
+        // a barrier, unless no token is kept
         const i64 j = count_before(a.indices, b, first, thread, blockDim.x * blockDim.y) + thread;
-        __syncthreads();
         if (thread < a.tile && j < a.indices.keep) {
             const i64 token = a.indices.at(b, j) - first;
             if (0 <= token && token < a.tile) source[token] = j;
