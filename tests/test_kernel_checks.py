@@ -54,7 +54,7 @@ WRONG = {
 }
 BARRIER = "__syncthreads();"
 BARRIERS = SOURCE.read_text().count(BARRIER)
-QUICK = {"gathers one row too many", "loads vectors from unaligned rows", "keeps one token too few", 5}
+QUICK = {"gathers one row too many", "loads unaligned vectors", "keeps one token too few", 5}
 
 
 def mutants(names: list[str] | list[int]) -> list[object]:
