@@ -20,6 +20,10 @@ lib.define(
     "sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep, "
     "Tensor? rank=None) -> Tensor"
 )
+# Inductor decomposes sample_tokens into this on the CPU: an operator that has a decomposition cannot also stay as it is.
+lib.define(
+    "_sample_on_cpu(Tensor key, Tensor site, SymInt batch, SymInt seq_len, SymInt keep, Tensor? rank=None) -> Tensor"
+)
 lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
 lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
@@ -99,6 +103,9 @@ def _sample_on_cpu(
     return sample_on_cpu(key, site, batch, seq_len, keep, rank)
 
 
+torch.library.impl(lib, "_sample_on_cpu", "CPU")(sample_on_cpu)
+
+
 def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
     """Row numbers of the kept tokens in ``hidden.flatten(0, 1)``: copying whole rows beats indexing elements."""
     batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
@@ -137,6 +144,13 @@ def _sample_fake(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
     check_sample(key, site, batch, seq_len, keep, rank)
+    return key.new_empty((batch, keep))
+
+
+@torch.library.register_fake("ltd_fx::_sample_on_cpu", lib=lib)
+def _sample_on_cpu_fake(
+    key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
     return key.new_empty((batch, keep))
 
 
@@ -268,16 +282,17 @@ def _scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_fi
     return hidden.index_put(_positions(indices, batch_first), kept)
 
 
-def _sample_by_sorting(
+def _sample_in_graph(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
-) -> Any:
-    if key.device.type == "cpu":  # the kernel is several times as fast, and there is nothing to fuse with
-        return NotImplemented
+) -> Tensor:
+    if key.device.type == "cpu":  # several times as fast as anything that Inductor makes, and nothing fuses with it
+        drawn: Tensor = torch.ops.ltd_fx._sample_on_cpu(key, site, batch, seq_len, keep, rank)
+        return drawn
     return sample(key, site, batch, seq_len, keep, rank)
 
 
 _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "sample_tokens": _sample_by_sorting,
+    "sample_tokens": _sample_in_graph,
     "gather_tokens": _gather_by_indexing,
     "scatter_tokens": _scatter_by_indexing,
 }
