@@ -20,7 +20,7 @@ lib.define(
     "sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep, "
     "Tensor? rank=None) -> Tensor"
 )
-# Inductor decomposes sample_tokens into this on the CPU: an operator that has a decomposition cannot also stay as it is.
+# On the CPU Inductor decomposes sample_tokens into this: an operator with a decomposition cannot also stay as it is.
 lib.define(
     "_sample_on_cpu(Tensor key, Tensor site, SymInt batch, SymInt seq_len, SymInt keep, Tensor? rank=None) -> Tensor"
 )

@@ -116,7 +116,7 @@ def test_launched_on_the_tensors_device_and_its_current_stream(machine: Machine)
     kernels = driver.kernels_on(torch.device("cuda", 1))
     assert kernels is not None
     machine.calls.clear()
-    (kept,) = launch.gather_rows(kernels, [HIDDEN], INDICES, True)
+    kept = launch.gather_rows(kernels, HIDDEN, INDICES, True)
     context, launched = machine.calls
     assert context == ("cuCtxSetCurrent", "context of device 1")
     name, function, *dims, shared, stream, _, extra = launched
@@ -261,11 +261,10 @@ def test_sizes_beyond_32_bits() -> None:
     hidden = torch.empty(batch, seq_len, dim, dtype=torch.bfloat16)
     indices = torch.empty(batch, keep, dtype=torch.int64)
     outs: list[Tensor] = []
-    args, grid, block = recorded("gather_rows", lambda k: outs.extend(launch.gather_rows(k, [hidden], indices, True)))
-    part = args.parts[0]
-    assert (part.in_.data, part.in_.batch_stride, part.in_.row_stride) == (hidden.data_ptr(), 819_200_000, 2048)
-    assert (part.out.data, part.out.batch_stride, part.out.row_stride) == (outs[0].data_ptr(), 409_600_000, 2048)
-    assert (part.bytes, part.width) == (2048, 16)
+    args, grid, block = recorded("gather_rows", lambda k: outs.append(launch.gather_rows(k, hidden, indices, True)))
+    assert (args.rows.data, args.rows.batch_stride, args.rows.row_stride) == (hidden.data_ptr(), 819_200_000, 2048)
+    assert (args.out.data, args.out.batch_stride, args.out.row_stride) == (outs[0].data_ptr(), 409_600_000, 2048)
+    assert (args.bytes, args.width) == (2048, 16)
     assert (args.indices.batch, args.indices.keep, args.indices.seq_len) == (batch, keep, seq_len)
     assert (args.indices.data, args.indices.batch_stride, args.indices.item_bytes) == (indices.data_ptr(), keep, 8)
     assert (grid, block) == ((keep // 8, batch, 1), (32, 8, 1))
@@ -289,7 +288,7 @@ def test_offsets_beyond_32_bits() -> None:
     rows = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 64)
     hidden.view(torch.uint8).copy_(rows)
     indices, kernels = torch.tensor([[0, 2]]), Emulated()
-    (kept,) = launch.gather_rows(kernels, [hidden], indices, True)
+    kept = launch.gather_rows(kernels, hidden, indices, True)
     assert torch.equal(kept.view(torch.uint8), rows[:, [0, 2]])
     merged = launch.merge_rows(kernels, hidden, indices[:, :1], kept[:, 1:], True)
     assert torch.equal(merged.view(torch.uint8), rows[:, [2, 1, 2]])
@@ -298,7 +297,7 @@ def test_offsets_beyond_32_bits() -> None:
 def test_a_batch_beyond_the_grid_is_looped_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MAX_GRID_Y", 2)
     hidden, indices, kernels = torch.randn(5, 40, 6), sample(KEY, SITE, 5, 40, 13), Emulated()
-    (kept,) = launch.gather_rows(kernels, [hidden], indices, True)
+    kept = launch.gather_rows(kernels, hidden, indices, True)
     assert torch.equal(kept, torch.ops.ltd_fx.gather_tokens(hidden, indices))
     merged = launch.merge_rows(kernels, hidden, indices, -kept, True)
     assert torch.equal(merged, torch.ops.ltd_fx.scatter_tokens(hidden, indices, -kept))
@@ -334,8 +333,8 @@ def test_the_widest_access_that_fits(
     storage = torch.empty(2 * 9 * dim + 8, dtype=dtype)
     assert storage.data_ptr() % 16 == 0
     hidden = storage[offset : offset + 2 * 9 * dim].view(2, 9, dim)
-    args, _, launched = recorded("gather_rows", lambda k: launch.gather_rows(k, [hidden], INDICES, True))
-    assert (args.parts[0].width, launched) == (width, (*block, 1))
+    args, _, launched = recorded("gather_rows", lambda k: launch.gather_rows(k, hidden, INDICES, True))
+    assert (args.width, launched) == (width, (*block, 1))
 
 
 def test_a_token_too_large_is_refused() -> None:

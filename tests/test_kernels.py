@@ -103,7 +103,7 @@ def check(kernels: Emulated, sizes: tuple[int, ...], memory: str, dtype: torch.d
     for batch_first in (True, False):
         full, few = ((batch, seq_len), (batch, keep)) if batch_first else ((seq_len, batch), (keep, batch))
         hidden, kept = tensor((*full, dim), memory, dtype, 0), tensor((*few, dim), memory, dtype, 1)
-        (gathered,) = launch.gather_rows(kernels, [hidden], indices, batch_first)
+        gathered = launch.gather_rows(kernels, hidden, indices, batch_first)
         merged = launch.merge_rows(kernels, hidden, indices, kept, batch_first)
         bits = INTEGERS[dtype.itemsize]  # torch indexes no float8, and compares no NaNs
         hidden, kept, gathered, merged = (value.view(bits) for value in (hidden, kept, gathered, merged))

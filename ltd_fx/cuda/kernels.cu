@@ -173,27 +173,22 @@ __device__ inline void copy_row(byte* to, const byte* from, u32 bytes, u32 width
     }
 }
 
-// ---- gather_rows: out[b, j] = in[b, indices[b, j]], for several tensors in one launch
+// ---- gather_rows: out[b, j] = in[b, indices[b, j]]
 
-struct GatherPart {
+struct Gather {
+    Indices indices;
     Rows in, out;
     u32 bytes, width;  // of a row, and of one access
 };
 
-struct Gather {
-    Indices indices;
-    GatherPart parts[8];
-};
-
-// grid: rows of the block, batch, part; block: threads of a row, rows.
+// grid: rows of the block, batch; block: threads of a row, rows.
 extern "C" __global__ void __launch_bounds__(256, 4) gather_rows(const __grid_constant__ Gather a) {
-    const GatherPart& part = a.parts[blockIdx.z];
     const i64 j = (i64)blockIdx.x * blockDim.y + threadIdx.y;
     if (j >= a.indices.keep) return;
     for (i64 b = blockIdx.y; b < a.indices.batch; b += gridDim.y) {
         const i64 token = a.indices.at(b, j);
         if ((u64)token >= (u64)a.indices.seq_len) __trap();
-        copy_row(part.out.at(b, j), part.in.at(b, token), part.bytes, part.width);
+        copy_row(a.out.at(b, j), a.in.at(b, token), a.bytes, a.width);
     }
 }
 

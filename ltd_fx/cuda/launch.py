@@ -5,7 +5,6 @@ The structs mirror those of ``kernels.cu``. Arguments have been checked by the o
 
 import ctypes
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from ltd_fx.cuda.driver import Dim3, Kernels
 from ltd_fx.errors import LTDError
 
 THREADS = 256  # of a block, but for long rows of tokens to sample
-PARTS = 8  # tensors that one launch gathers
 _MAX_GRID_Y = 65535  # the kernels loop over what is beyond
 _PTR, _I64, _U32 = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint
 
@@ -36,12 +34,8 @@ class Rows(ctypes.Structure):
     _fields_ = [("data", _PTR), ("batch_stride", _I64), ("row_stride", _I64)]
 
 
-class GatherPart(ctypes.Structure):
-    _fields_ = [("in_", Rows), ("out", Rows), ("bytes", _U32), ("width", _U32)]
-
-
 class GatherArgs(ctypes.Structure):
-    _fields_ = [("indices", Indices), ("parts", GatherPart * PARTS)]
+    _fields_ = [("indices", Indices), ("rows", Rows), ("out", Rows), ("bytes", _U32), ("width", _U32)]
 
 
 class MergeArgs(ctypes.Structure):
@@ -67,35 +61,30 @@ def sample_tokens(
     return indices
 
 
-def gather_rows(kernels: Kernels, values: Sequence[Tensor], indices: Tensor, batch_first: bool) -> list[Tensor]:
-    """The kept rows of up to eight tensors in one launch.
+def gather_rows(kernels: Kernels, hidden: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
+    """The kept rows.
 
     Args:
         kernels: of the tensors' device.
-        values: each ``[B, S, D]``, or ``[S, B, D]``; D and the dtype may differ, and B may be 1 to serve all.
+        hidden: ``[B, S, D]``, or ``[S, B, D]``.
         indices: ``[B, k]``.
-        batch_first: the layout of all of them.
+        batch_first: the layout.
 
     Returns:
-        ``[B, k, D]`` or ``[k, B, D]`` for each, contiguous.
+        ``[B, k, D]`` or ``[k, B, D]``, contiguous.
 
     """
-    assert len(values) <= PARTS
     batch, keep = indices.shape
-    values = [_with_whole_rows(value) for value in values]
-    outs = [value.new_empty((*((batch, keep) if batch_first else (keep, batch)), value.shape[2])) for value in values]
-    seq_len = values[0].shape[1 if batch_first else 0]
-    args = GatherArgs(_indices(indices := _with_whole_rows(indices), seq_len))
-    parts = [(value, out) for value, out in zip(values, outs, strict=True) if out.numel()]
-    if not parts:
-        return outs
-    for part, (value, out) in zip(args.parts, parts, strict=False):
-        part.in_, part.out = _rows(value, batch_first), _rows(out, batch_first)
-        part.bytes, part.width = _row_bytes(value), _width(value, out)
-    block = _block(max(part.bytes // part.width for part in args.parts[: len(parts)]))
-    grid = (-(-keep // block[1]), min(batch, _MAX_GRID_Y), len(parts))
-    kernels.launch("gather_rows", args, grid, block)
-    return outs
+    out = hidden.new_empty((*((batch, keep) if batch_first else (keep, batch)), hidden.shape[2]))
+    if out.numel() == 0:
+        return out
+    hidden, indices = _with_whole_rows(hidden), _with_whole_rows(indices)
+    seq_len, width = hidden.shape[1 if batch_first else 0], _width(hidden, out)
+    block = _block(_row_bytes(hidden) // width)
+    rows = (_rows(value, batch_first) for value in (hidden, out))
+    args = GatherArgs(_indices(indices, seq_len), *rows, _row_bytes(hidden), width)
+    kernels.launch("gather_rows", args, (-(-keep // block[1]), min(batch, _MAX_GRID_Y), 1), block)
+    return out
 
 
 def merge_rows(kernels: Kernels, rest: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> Tensor:

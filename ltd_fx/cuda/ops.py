@@ -25,8 +25,7 @@ def gather_tokens(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> 
     kernels = driver.kernels_on(hidden.device)
     if kernels is None:
         return ops.gather_kernel(hidden, indices, batch_first)
-    (kept,) = launch.gather_rows(kernels, [hidden], indices, batch_first)
-    return kept
+    return launch.gather_rows(kernels, hidden, indices, batch_first)
 
 
 @torch.library.impl(ops.lib, "scatter_tokens", "CUDA")

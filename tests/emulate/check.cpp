@@ -71,8 +71,7 @@ static void check_rows(i64 batch, i64 seq_len, i64 keep, i64 bytes, i64 offset, 
     const Indices indices{kept_tokens.data(), keep, sizeof(Index), batch, keep, seq_len};
     const u32 width = width_of(bytes, offset), size = (u32)bytes, tile = std::max(16u, 256 / threads);
     const unsigned block[] = {threads, 256 / threads, 1};
-    Gather gather{indices, {}};
-    for (auto& part : gather.parts) part = {hidden.rows(), kept.rows(), size, width};
+    const Gather gather{indices, hidden.rows(), kept.rows(), size, width};
     const unsigned keep_blocks = (unsigned)((keep + block[1] - 1) / block[1]), tiles = (unsigned)((seq_len + tile - 1) / tile);
     const unsigned gather_grid[] = {keep_blocks, 1, 1}, merge_grid[] = {tiles, 1, 1};  // the batch is looped over
     if (keep) emulate::run(gather_grid, block, [&] { gather_rows(gather); });
