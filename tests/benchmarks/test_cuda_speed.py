@@ -63,7 +63,7 @@ def report(benchmark: Any, name: str, time: float, count: int) -> None:
 @SHAPE
 @pytest.mark.parametrize("name", ["gather", "merge", "sample"])
 def test_operator(benchmark: Any, name: str, shape: tuple[int, ...]) -> None:
-    batch, seq_len, dim, keep = shape
+    batch, seq_len, _, keep = shape
     key, site, hidden, indices, kept = tensors(shape)
     run, count = {
         "gather": (lambda: ops.gather_tokens(hidden, indices), 2 * kept.nbytes),
