@@ -1,5 +1,6 @@
 """The operators on a GPU: pytest -m cuda. README and docs/cuda.md say how to run them under compute-sanitizer."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -57,35 +58,33 @@ def test_samples_are_the_cpus(sizes: tuple[int, int, int], key: int, ranked: boo
         assert torch.equal(drawn.cpu(), sample(torch.tensor(key), SITE.cpu(), rows, seq_len, keep, rank))
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def rows(first: int, second: int, dim: int, dtype: torch.dtype, memory: str) -> Tensor:
+    """Random bits, laid out as ``memory`` says."""
+    wide = {"rows apart": dim + 1, "strided": 2 * dim}.get(memory, dim)
+    count = (first * second * wide + 1) * dtype.itemsize
+    value = torch.randint(0, 256, (count,), dtype=torch.uint8, device=DEVICE).view(dtype)
+    value = (value[1:] if memory == "misaligned" else value[:-1]).view(first, second, wide)
+    return value[..., ::2] if memory == "strided" else value[..., :dim]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    "sizes", [(2, 41, 24, 17), (1, 1, 1, 1), (3, 50, 33, 0), (8, 2048, 2048, 1024), (70_000, 3, 8, 2)]
+    "sizes", [(2, 41, 24, 17), (1, 1, 1, 1), (3, 50, 33, 0), (8, 2048, 2048, 1024), (70_000, 3, 8, 2)], ids=str
 )
-@pytest.mark.parametrize("memory", ["contiguous", "misaligned", "rows apart", "strided"])
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_rows_are_the_cpus(
-    sizes: tuple[int, ...], dtype: torch.dtype, index: torch.dtype, memory: str, batch_first: bool
-) -> None:
+def test_rows_are_the_cpus(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As torch's indexing has them, on the bits."""
     batch, seq_len, dim, keep = sizes
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    indices = draw(batch, seq_len, keep).to(index)
-
-    def tensor(length: int) -> Tensor:
-        first, second = (batch, length) if batch_first else (length, batch)
-        wide = {"rows apart": dim + 1, "strided": 2 * dim}.get(memory, dim)
-        count = first * second * wide
-        value = torch.randint(0, 256, ((count + 1) * dtype.itemsize,), dtype=torch.uint8, device=DEVICE).view(dtype)
-        value = value[1:] if memory == "misaligned" else value[:-1]
-        value = value.view(first, second, wide)
-        return value[..., ::2] if memory == "strided" else value[..., :dim]
-
-    hidden, kept = tensor(seq_len), tensor(keep)
-    gathered, merged = gather_tokens(hidden, indices, batch_first), scatter_tokens(hidden, indices, kept, batch_first)
-    args = (value.view(bits) if value.is_floating_point() else value.long() for value in (hidden, indices, kept))
-    hidden, indices, kept = args
-    assert torch.equal(gathered.view(bits), ops._gather_by_indexing(hidden, indices, batch_first))
-    assert torch.equal(merged.view(bits), ops._scatter_by_indexing(hidden, indices, kept, batch_first))
+    drawn = draw(batch, seq_len, keep)
+    for index, batch_first in itertools.product((torch.int32, torch.int64), (True, False)):
+        for memory in ("contiguous", "misaligned", "rows apart", "strided"):
+            full, few = ((batch, seq_len), (batch, keep)) if batch_first else ((seq_len, batch), (keep, batch))
+            hidden, kept = rows(*full, dim, dtype, memory), rows(*few, dim, dtype, memory)
+            gathered = gather_tokens(hidden, drawn.to(index), batch_first).view(bits)
+            merged = scatter_tokens(hidden, drawn.to(index), kept, batch_first).view(bits)
+            hidden, kept = hidden.view(bits), kept.view(bits)
+            assert torch.equal(gathered, ops._gather_by_indexing(hidden, drawn, batch_first))
+            assert torch.equal(merged, ops._scatter_by_indexing(hidden, drawn, kept, batch_first))
 
 
 def test_more_than_two_gigabytes() -> None:

@@ -59,7 +59,7 @@ def test_another_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ltd_fx.is_transformed(model)
 
 
-@pytest.mark.parametrize("lowering", ["fuse", "kernel"])
+@pytest.mark.parametrize("lowering", [pytest.param("fuse", marks=pytest.mark.slow), "kernel"])
 def test_a_whole_model_on_fake_cuda_tensors(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by torch.compile as on a GPU: in one graph, nothing of it on the CPU, and no value read from the device.
 
