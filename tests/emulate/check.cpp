@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <tuple>
 
 static int wrong = 0;
@@ -89,9 +90,20 @@ static void check_rows(i64 batch, i64 seq_len, i64 keep, i64 bytes, i64 offset, 
     }
 }
 
-// With any argument fewer cases: every kernel and every width, but seconds under ThreadSanitizer.
-int main(int argc, char**) {
-    const bool all = argc == 1;
+// A row that gather_rows must refuse to read.
+static void read_beyond() {
+    const Tensor hidden(1, 4, 16, 0, true, 1), kept(1, 1, 16, 0, true, 2);
+    const i64 token = 4;
+    const Gather gather{{&token, 1, 8, 1, 1, 4}, hidden.rows(), kept.rows(), 16, 16};
+    const unsigned grid[] = {1, 1, 1}, block[] = {1, 256, 1};
+    emulate::run(grid, block, [&] { gather_rows(gather); });
+}
+
+// "few": fewer cases, with every kernel and every width, for seconds under ThreadSanitizer. "beyond": none but that.
+int main(int argc, char** argv) {
+    const std::string what = argc == 1 ? "all" : argv[1];
+    const bool all = what == "all";
+    if (what == "beyond") read_beyond();
     using Case = std::tuple<i64, i64>;
     check_sample(1, 37, 18, true, 256);
     check_sample(1, 4099, 1500, false, 256);
