@@ -34,19 +34,21 @@ struct Barrier {
     void wait() { pthread_barrier_wait(&barrier); }
 };
 
-// Threads that exchange values: a warp, or the whole block.
+// Threads that exchange values: a warp, or the whole block. One barrier for each exchange, as on the device: the next one
+// writes elsewhere, and the one after that cannot begin before all have read this.
 struct Group {
     Barrier barrier;
-    std::vector<long long> values;
-    explicit Group(unsigned threads) : barrier(threads), values(threads) {}
+    std::vector<long long> values[2];
+    std::vector<int> turns;
+    explicit Group(unsigned threads)
+        : barrier(threads), values{std::vector<long long>(threads), std::vector<long long>(threads)}, turns(threads) {}
 
     template <class Read>
     auto exchange(unsigned thread, long long value, Read read) {
-        values[thread] = value;
+        auto& now = values[turns[thread] ^= 1];
+        now[thread] = value;
         barrier.wait();
-        auto result = read(values);
-        barrier.wait();
-        return result;
+        return read(now);
     }
 };
 
