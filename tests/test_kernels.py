@@ -48,7 +48,7 @@ def test_samples_of_any_key(key: int, kernels: Emulated) -> None:
 
 @pytest.mark.parametrize("seq_len", [1, 2, 31, 33, 257, 2048, 4097, 8193])
 def test_samples_of_any_length(seq_len: int, kernels: Emulated) -> None:
-    for keep in {0, 1, seq_len // 2, seq_len - 1, seq_len}:
+    for keep in {0, 1, seq_len // 2, seq_len - 1, seq_len} if seq_len < 300 else {1, seq_len // 2, seq_len}:
         assert same(launch.sample_tokens(kernels, KEY, SITE, 1, seq_len, keep), sample(KEY, SITE, 1, seq_len, keep))
 
 
