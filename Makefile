@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-cuda clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev ## style and types
 bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and docs/performance.md from them
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 	$(BIN)/python tests/benchmarks/report.py
+
+bench-cuda: $(VENV)/.dev ## the CUDA kernels' benchmarks, on a GPU
+	$(BIN)/python -m pytest tests/benchmarks/test_cuda_speed.py --benchmark-only -s
 
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """Train transformers on fewer tokens per layer, inside ``torch.compile``."""
 
+import ltd_fx.cuda.ops  # noqa: F401 (registers the kernels; neither loads them nor touches CUDA)
 from ltd_fx.align import Aligned
 from ltd_fx.api import compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw

@@ -1,9 +1,11 @@
 """The operators ``torch.ops.ltd_fx.{sample_tokens, gather_tokens, scatter_tokens}``.
 
-All are functional: they return fresh tensors and change none. One kernel written in torch serves every device; the CPU
-also checks the values of the indices, which elsewhere would cost a device synchronisation.
+All are functional: they return fresh tensors and change none. One kernel written in torch serves every device but CUDA
+(:mod:`ltd_fx.cuda.ops`); the CPU also checks the values of the indices, which elsewhere would cost a device
+synchronisation, and samples in numpy.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +13,19 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.sampling import sample
+from ltd_fx.sampling import sample, sample_on_cpu
 
-_lib = torch.library.Library("ltd_fx", "DEF")
-_lib.define(
+lib = torch.library.Library("ltd_fx", "DEF")
+lib.define(
     "sample_tokens(Tensor key, Tensor site, Tensor like, SymInt batch, SymInt seq_len, SymInt keep, "
     "Tensor? rank=None) -> Tensor"
 )
-_lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
-_lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
+# On the CPU Inductor decomposes sample_tokens into this: an operator with a decomposition cannot also stay as it is.
+lib.define(
+    "_sample_on_cpu(Tensor key, Tensor site, SymInt batch, SymInt seq_len, SymInt keep, Tensor? rank=None) -> Tensor"
+)
+lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) -> Tensor")
+lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
 
 def _require(condition: Any, message: Callable[[], str]) -> None:
@@ -29,7 +35,7 @@ def _require(condition: Any, message: Callable[[], str]) -> None:
 # ---- arguments: what is checked in the kernels and under fake tensors alike
 
 
-def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
+def check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
     scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
     _require(
         scalars,
@@ -45,7 +51,7 @@ def _check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int
         _require(fits, lambda: f"rank must be [{batch} or 1, {seq_len}], got {tuple(rank.shape)}")
 
 
-def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
+def check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
     _require(hidden.ndim == 3, lambda: f"hidden must have three dimensions, got shape {tuple(hidden.shape)}")
     _require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
     _require(
@@ -59,14 +65,15 @@ def _check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
     _require(hidden.device == indices.device, lambda: f"hidden is on {hidden.device}, indices on {indices.device}")
 
 
-def _check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
-    _check_indices(hidden, indices, batch_first)
+def check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
+    check_indices(hidden, indices, batch_first)
     _require(kept.ndim == 3, lambda: f"kept must have three dimensions, got shape {tuple(kept.shape)}")
     rows, keep = indices.shape
     expected = (rows, keep, hidden.shape[2]) if batch_first else (keep, rows, hidden.shape[2])
     for size, expected_size in zip(kept.shape, expected, strict=True):
         _require(size == expected_size, lambda: f"kept must have shape {tuple(expected)}, but has {tuple(kept.shape)}")
     _require(kept.dtype == hidden.dtype, lambda: f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
+    _require(kept.device == hidden.device, lambda: f"kept is on {kept.device}, hidden on {hidden.device}")
 
 
 def _check_values(indices: Tensor, seq_len: int) -> None:
@@ -80,12 +87,23 @@ def _check_values(indices: Tensor, seq_len: int) -> None:
 # ---- kernels
 
 
-@torch.library.impl(_lib, "sample_tokens", "CompositeExplicitAutograd")
-def _sample_kernel(
+@torch.library.impl(lib, "sample_tokens", "CompositeExplicitAutograd")
+def sample_kernel(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep, rank)
+    check_sample(key, site, batch, seq_len, keep, rank)
     return sample(key, site, batch, seq_len, keep, rank)
+
+
+@torch.library.impl(lib, "sample_tokens", "CPU")
+def _sample_on_cpu(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    check_sample(key, site, batch, seq_len, keep, rank)
+    return sample_on_cpu(key, site, batch, seq_len, keep, rank)
+
+
+torch.library.impl(lib, "_sample_on_cpu", "CPU")(sample_on_cpu)
 
 
 def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
@@ -96,9 +114,9 @@ def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
     return (indices * indices.shape[0] + batch).T.flatten()
 
 
-@torch.library.impl(_lib, "gather_tokens", "CompositeExplicitAutograd")
-def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
-    _check_indices(hidden, indices, batch_first)
+@torch.library.impl(lib, "gather_tokens", "CompositeExplicitAutograd")
+def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    check_indices(hidden, indices, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     if not hidden.is_contiguous():
@@ -108,9 +126,9 @@ def _gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) ->
     return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
 
 
-@torch.library.impl(_lib, "scatter_tokens", "CompositeExplicitAutograd")
-def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    _check_kept(hidden, indices, kept, batch_first)
+@torch.library.impl(lib, "scatter_tokens", "CompositeExplicitAutograd")
+def scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    check_kept(hidden, indices, kept, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     out = hidden.clone(memory_format=torch.contiguous_format)
@@ -121,24 +139,31 @@ def _scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: 
 # ---- fake tensors
 
 
-@torch.library.register_fake("ltd_fx::sample_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::sample_tokens", lib=lib)
 def _sample_fake(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    _check_sample(key, site, batch, seq_len, keep, rank)
+    check_sample(key, site, batch, seq_len, keep, rank)
     return key.new_empty((batch, keep))
 
 
-@torch.library.register_fake("ltd_fx::gather_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::_sample_on_cpu", lib=lib)
+def _sample_on_cpu_fake(
+    key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    return key.new_empty((batch, keep))
+
+
+@torch.library.register_fake("ltd_fx::gather_tokens", lib=lib)
 def _gather_fake(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
-    _check_indices(hidden, indices, batch_first)
+    check_indices(hidden, indices, batch_first)
     batch, keep = indices.shape
     return hidden.new_empty((batch, keep, hidden.shape[2]) if batch_first else (keep, batch, hidden.shape[2]))
 
 
-@torch.library.register_fake("ltd_fx::scatter_tokens", lib=_lib)
+@torch.library.register_fake("ltd_fx::scatter_tokens", lib=lib)
 def _scatter_fake(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    _check_kept(hidden, indices, kept, batch_first)
+    check_kept(hidden, indices, kept, batch_first)
     return hidden.new_empty(hidden.shape)
 
 
@@ -169,8 +194,8 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tens
     return grad_hidden, None, grad_kept, None
 
 
-torch.library.register_autograd("ltd_fx::gather_tokens", _gather_backward, setup_context=_save_indices, lib=_lib)
-torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, setup_context=_save_indices, lib=_lib)
+torch.library.register_autograd("ltd_fx::gather_tokens", _gather_backward, setup_context=_save_indices, lib=lib)
+torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, setup_context=_save_indices, lib=lib)
 
 
 # ---- vmap: the mapped dimension joins the batch
@@ -191,7 +216,7 @@ def _part(value: Tensor, batch_dim: int, size: int) -> Tensor:
     return parted
 
 
-@torch.library.register_vmap("ltd_fx::sample_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::sample_tokens", lib=lib)
 def _sample_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -215,7 +240,7 @@ def _sample_vmap(
     return rows.unflatten(0, (size, batch)), 0
 
 
-@torch.library.register_vmap("ltd_fx::gather_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::gather_tokens", lib=lib)
 def _gather_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, batch_first: bool = True
 ) -> tuple[Tensor, int]:
@@ -227,7 +252,7 @@ def _gather_vmap(
     return _part(out, batch_dim, info.batch_size), 0
 
 
-@torch.library.register_vmap("ltd_fx::scatter_tokens", lib=_lib)
+@torch.library.register_vmap("ltd_fx::scatter_tokens", lib=lib)
 def _scatter_vmap(
     info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True
 ) -> tuple[Tensor, int]:
@@ -257,19 +282,47 @@ def _scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_fi
     return hidden.index_put(_positions(indices, batch_first), kept)
 
 
-def register_inductor_decompositions() -> None:
-    """Let Inductor see through the operators; harmless to repeat, needed once before the first compile.
+def _sample_in_graph(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    if key.device.type == "cpu":  # several times as fast as anything that Inductor makes, and nothing fuses with it
+        drawn: Tensor = torch.ops.ltd_fx._sample_on_cpu(key, site, batch, seq_len, keep, rank)
+        return drawn
+    return sample(key, site, batch, seq_len, keep, rank)
 
-    Not done on import: it loads Inductor, which ``import ltd_fx`` must not.
+
+_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "sample_tokens": _sample_in_graph,
+    "gather_tokens": _gather_by_indexing,
+    "scatter_tokens": _scatter_by_indexing,
+}
+_KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
+
+
+def register_inductor_decompositions() -> None:
+    """Let Inductor see through the operators, or with ``LTD_FX_LOWERING=kernel`` call their kernels.
+
+    Harmless to repeat, needed once before the first compile. Not done on import: it loads Inductor, which
+    ``import ltd_fx`` must not.
+
+    Raises:
+        LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
+
     """
     from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
 
-    ops = torch.ops.ltd_fx
-    if ops.gather_tokens.default in decompositions:
+    lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
+    if lowering not in ("fuse", "kernel"):
+        raise LTDError(f"ltd_fx: LTD_FX_LOWERING must be fuse or kernel, got {lowering!r}")
+    # The caches on disk do not know of decompositions: without a tag they would hand out the other lowering's graphs.
+    config = torch.compiler.config
+    config.cache_key_tag = config.cache_key_tag.replace(_KERNEL_TAG, "") + (_KERNEL_TAG if lowering == "kernel" else "")
+    if (torch.ops.ltd_fx.gather_tokens.default in decompositions) == (lowering == "fuse"):
         return
-    register_decomposition([ops.sample_tokens.default])(
-        lambda key, site, like, batch, seq_len, keep, rank=None: sample(key, site, batch, seq_len, keep, rank)
-    )
-    register_decomposition([ops.gather_tokens.default])(_gather_by_indexing)
-    register_decomposition([ops.scatter_tokens.default])(_scatter_by_indexing)
+    for name, decomposition in _DECOMPOSITIONS.items():
+        op = getattr(torch.ops.ltd_fx, name).default
+        if lowering == "fuse":
+            register_decomposition([op])(decomposition)
+        else:
+            del decompositions[op]
     fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one

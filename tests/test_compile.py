@@ -60,7 +60,8 @@ def test_inductor_fuses_the_route_and_agrees(llama: Case) -> None:
     ours, code = run_and_get_code(lambda: step(compiled, model, text()))
     assert_same(ours, eager, 1e-4)
     assert code
-    assert not any("ops.ltd_fx" in kernel for kernel in code)
+    sampling = "ops.ltd_fx._sample_on_cpu"  # faster than what Inductor makes of it on the CPU
+    assert not any("ops.ltd_fx" in kernel.replace(sampling, "") for kernel in code)
 
 
 def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:

@@ -23,7 +23,8 @@ import sys, torch
 state = torch.random.get_rng_state()
 before = set(sys.modules)
 import ltd_fx
-heavy = {"transformers", "timm", "torchvision", "deepspeed", "matplotlib", "triton", "torch._dynamo", "torch._inductor"}
+heavy = {"cuda.bindings.nvrtc", "transformers", "timm", "torchvision", "deepspeed", "matplotlib", "triton"}
+heavy |= {"torch._dynamo", "torch._inductor"}
 print(sorted(heavy & (set(sys.modules) - before)), torch.cuda.is_initialized())
 assert torch.equal(state, torch.random.get_rng_state())
 """
@@ -46,8 +47,8 @@ def test_the_wheel_is_pure_python_and_installs_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert all(name.endswith((".py", "py.typed")) or ".dist-info/" in name for name in names)
-    assert "ltd_fx/py.typed" in names
+    assert all(name.endswith((".py", "py.typed", "kernels.cu")) or ".dist-info/" in name for name in names)
+    assert {"ltd_fx/py.typed", "ltd_fx/cuda/kernels.cu"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel]

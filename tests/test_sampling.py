@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ltd_fx.sampling import draw_key, sample
+from ltd_fx.sampling import draw_key, hashes, sample, sample_on_cpu
 
 P = 1e-3
 SEED = 20221117
@@ -75,6 +75,25 @@ def test_equals_the_reference(key, site):
         operator = torch.ops.ltd_fx.sample_tokens(torch.tensor(key), torch.tensor(site), drawn, rows, seq_len, keep)
         assert (drawn.dtype, drawn.shape) == (operator.dtype, operator.shape) == (torch.int64, (rows, keep))
         assert drawn.tolist() == operator.tolist() == reference(key, site, rows, seq_len, keep)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 37, 18), (1, 1, 1), (2, 5, 5), (0, 4, 2), (2, 4, 0), (2, 0, 0), (2, 70_001, 999)]
+)
+@pytest.mark.parametrize("rank_rows", [None, 1, "each"])
+def test_the_cpu_draws_as_all_devices_do(sizes, rank_rows):
+    rows, seq_len, _ = sizes
+    shape = (rows if rank_rows == "each" else 1, seq_len)
+    rank = None if rank_rows is None else torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(0))
+    for key, site in itertools.product((0, -1, 2**63 - 1, draw_key(3, 10**9)), (0, 77)):
+        args = torch.tensor(key), torch.tensor(site), *sizes, rank
+        assert torch.equal(sample_on_cpu(*args), sample(*args))
+
+
+def test_no_two_tokens_of_a_row_have_the_same_hash():
+    """So there are no ties to break, here or in the kernels."""
+    hashed = hashes(torch.tensor(draw_key(SEED, 0)), torch.tensor(0), 2, 1_000_000)
+    assert all(len(row.unique()) == 1_000_000 for row in hashed)
 
 
 def test_a_draw_neither_reads_nor_moves_a_generator():

@@ -1,0 +1,42 @@
+"""The real bindings, on a driver made for the test: NVRTC, the folder, cuda.bindings and the launch, all but a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulate import build
+
+pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings, which comes with torch's CUDA wheels, is missing")
+
+PROGRAM = """
+import contextlib, ctypes, sys, types
+import torch
+from ltd_fx.cuda import compile, ops
+
+torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.current_device = lambda: 0
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=1000)
+compile.load_or_compile("sm_90")  # now, for NVRTC looks into the driver too, and finds too little in ours
+ctypes.CDLL(sys.argv[1])  # what is loaded under the name libcuda.so.1 is what the bindings find
+
+hidden, key, site, right = torch.randn(3, 50, 24), torch.tensor(5), torch.tensor(1), torch.ops.ltd_fx
+indices = ops.sample_tokens(key, site, hidden, 3, 50, 20)
+kept = ops.gather_tokens(hidden, indices)
+assert torch.equal(indices, right.sample_tokens(key, site, hidden, 3, 50, 20))
+assert torch.equal(kept, right.gather_tokens(hidden, indices))
+assert torch.equal(ops.scatter_tokens(hidden, indices, -kept), right.scatter_tokens(hidden, indices, -kept))
+"""
+
+
+def test_operators_reach_the_driver(tmp_path: Path) -> None:
+    library = build("libcuda.cpp", tmp_path / "libcuda.so.1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-ldl")
+    env = {**os.environ, "LTD_FX_CACHE": str(tmp_path / "cache"), "LTD_FX_CUDA": "1"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, library]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sample_tokens", "gather_rows", "merge_rows"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1

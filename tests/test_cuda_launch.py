@@ -1,0 +1,343 @@
+"""The driver calls, on a stand-in for the driver that records them; and when the operators do without kernels."""
+
+import contextlib
+import ctypes
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import pytest
+import torch
+from emulate import Emulated
+from torch import Tensor
+
+from ltd_fx import LTDError
+from ltd_fx.cuda import driver, launch, ops
+from ltd_fx.sampling import sample
+
+KEY, SITE = torch.tensor(5), torch.tensor(1)
+HIDDEN = torch.arange(2 * 9 * 4.0).view(2, 9, 4)
+INDICES = sample(KEY, SITE, 2, 9, 4)
+
+
+class Status(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_IMAGE = 200
+
+
+@dataclass
+class Machine:
+    """Two GPUs as the driver and torch describe them; ``calls`` is what happened."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    device: int = 0
+    fails: str | None = None
+
+    def driver(self) -> types.SimpleNamespace:
+        answers = {
+            "cuInit": lambda flags: (),
+            "cuDeviceGet": lambda number: (f"device {number}",),
+            "cuDevicePrimaryCtxRetain": lambda device: (f"context of {device}",),
+            "cuCtxSetCurrent": lambda context: (),
+            "cuModuleLoadData": lambda code: (f"module {code.decode()}",),
+            "cuModuleGetFunction": lambda module, name: (f"{name.decode()} of {module}",),
+            "cuLaunchKernel": self.launch,
+        }
+
+        def recorded(name: str) -> Any:
+            def call(*args: Any) -> tuple[Any, ...]:
+                self.calls.append((name, *args))
+                if name == self.fails:
+                    return (Status.CUDA_ERROR_INVALID_IMAGE, None)
+                return (Status.CUDA_SUCCESS, *answers[name](*args))
+
+            return call
+
+        return types.SimpleNamespace(**{name: recorded(name) for name in answers})
+
+    def launch(self, function: str, *rest: Any) -> tuple[()]:
+        """Copies the arguments, as the driver does, and runs the kernel on the CPU."""
+        *dims, shared, _stream, pointers, extra = rest
+        assert (shared, extra) == (0, 0)
+        name = function.split()[0]
+        kind = {"sample_tokens": launch.SampleArgs, "gather_rows": launch.GatherArgs, "merge_rows": launch.MergeArgs}
+        args = kind[name].from_buffer_copy(kind[name].from_address(ctypes.c_void_p.from_address(pointers).value))
+        Emulated().launch(name, args, tuple(dims[:3]), tuple(dims[3:]))
+        return ()
+
+    @contextlib.contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    bindings = pytest.importorskip("cuda.bindings")
+    machine = Machine()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", machine.driver())
+    monkeypatch.setattr(bindings, "driver", machine.driver(), raising=False)
+    monkeypatch.setattr(driver, "_loaded", {})
+    monkeypatch.setattr(driver, "load_or_compile", lambda arch: f"for {arch}".encode())
+    monkeypatch.setattr(driver, "supported_architectures", lambda: [75, 80, 90])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 6)][device])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", machine.on)
+    stream = types.SimpleNamespace
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(cuda_stream=1000 + device))
+    return machine
+
+
+def test_loaded_once_for_a_device(machine: Machine) -> None:
+    first, second = (driver.kernels_on(torch.device("cuda", number)) for number in (0, 1))
+    assert driver.kernels_on(torch.device("cuda", 1)) is second
+    assert driver.kernels_on(torch.device("cuda")) is first  # the current one
+    expected = []
+    for number, arch in enumerate(["sm_90", "sm_80"]):
+        expected += [
+            ("cuInit", 0),
+            ("cuDeviceGet", number),
+            ("cuDevicePrimaryCtxRetain", f"device {number}"),
+            ("cuCtxSetCurrent", f"context of device {number}"),
+            ("cuModuleLoadData", f"for {arch}".encode()),
+            *(("cuModuleGetFunction", f"module for {arch}", name.encode()) for name in driver.NAMES),
+        ]
+    assert machine.calls == expected
+
+
+def test_launched_on_the_tensors_device_and_its_current_stream(machine: Machine) -> None:
+    kernels = driver.kernels_on(torch.device("cuda", 1))
+    assert kernels is not None
+    machine.calls.clear()
+    kept = launch.gather_rows(kernels, HIDDEN, INDICES, True)
+    context, launched = machine.calls
+    assert context == ("cuCtxSetCurrent", "context of device 1")
+    name, function, *dims, shared, stream, _, extra = launched
+    assert (name, function) == ("cuLaunchKernel", "gather_rows of module for sm_80")
+    assert (dims, shared, stream, extra) == ([1, 2, 1, 1, 256, 1], 0, 1001, 0)
+    assert torch.equal(kept, torch.ops.ltd_fx.gather_tokens(HIDDEN, INDICES))
+    assert machine.device == 0
+
+
+def results() -> list[Tensor]:
+    """The operators, as the dispatcher would call them for CUDA tensors."""
+    kept = ops.gather_tokens(HIDDEN, INDICES)
+    return [ops.sample_tokens(KEY, SITE, HIDDEN, 2, 9, 4), kept, ops.scatter_tokens(HIDDEN, INDICES, -kept)]
+
+
+def expected() -> list[Tensor]:
+    kept = torch.ops.ltd_fx.gather_tokens(HIDDEN, INDICES)
+    return [INDICES, kept, torch.ops.ltd_fx.scatter_tokens(HIDDEN, INDICES, -kept)]
+
+
+def check_results() -> None:
+    assert all(torch.equal(got, right) for got, right in zip(results(), expected(), strict=True))
+
+
+def launches(machine: Machine) -> list[str]:
+    return [call[1].split()[0] for call in machine.calls if call[0] == "cuLaunchKernel"]
+
+
+def test_operators_call_the_kernels(machine: Machine) -> None:
+    check_results()
+    assert launches(machine) == ["gather_rows", "sample_tokens", "merge_rows"]
+
+
+def test_a_key_elsewhere_is_left_to_torch(machine: Machine) -> None:
+    drawn = ops.sample_tokens(KEY, SITE, HIDDEN.to("meta"), 2, 9, 4)
+    assert torch.equal(drawn, INDICES)
+    assert machine.calls == []
+
+
+def test_arguments_are_checked_before_a_launch(machine: Machine) -> None:
+    for bad in (
+        lambda: ops.gather_tokens(HIDDEN, INDICES.float()),
+        lambda: ops.scatter_tokens(HIDDEN, INDICES, HIDDEN),
+        lambda: ops.scatter_tokens(HIDDEN, INDICES, HIDDEN[:, :4].to("meta")),
+        lambda: ops.sample_tokens(KEY, SITE, HIDDEN, 2, 9, 10),
+    ):
+        with pytest.raises(LTDError):
+            bad()
+    assert machine.calls == []
+
+
+# ---- without kernels
+
+
+def test_switched_off(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTD_FX_CUDA", "0")
+    check_results()
+    assert machine.calls == []
+
+
+def test_a_switch_that_means_nothing_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTD_FX_CUDA", "off")
+    with pytest.raises(LTDError, match="LTD_FX_CUDA must be 0 or 1, got 'off'"):
+        ops.gather_tokens(HIDDEN, INDICES)
+
+
+def test_rocm_takes_torchs_kernels(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_results()
+    assert machine.calls == []
+
+
+@pytest.mark.parametrize("reason", ["bindings", "nvrtc", "driver", "old device"])
+def test_one_warning_with_the_reason_then_torch(reason: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"bindings": "cuda", "nvrtc": "libnvrtc.so not found", "driver": "INVALID_IMAGE", "old device": "sm_61"}
+    if reason == "bindings":
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    elif reason == "nvrtc":
+
+        def absent() -> list[int]:
+            raise RuntimeError("libnvrtc.so not found")
+
+        monkeypatch.setattr(driver, "supported_architectures", absent)
+    elif reason == "driver":
+        machine.fails = "cuModuleLoadData"
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_results()
+    (warning,) = caught
+    assert words[reason] in str(warning.message)
+    assert "LTD_FX_CUDA=0" in str(warning.message)
+    assert launches(machine) == []
+
+
+def test_a_launch_that_fails_raises(machine: Machine) -> None:
+    machine.fails = "cuLaunchKernel"
+    with pytest.raises(driver.DriverError, match="cuLaunchKernel: CUDA_ERROR_INVALID_IMAGE"):
+        ops.gather_tokens(HIDDEN, INDICES)
+
+
+def test_graph_capture_loads_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a module would break the capture, so a first call inside one is torch's; once warm they are ours."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_results()
+    assert machine.calls == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_results()
+    machine.calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_results()
+    assert len(launches(machine)) == 3
+    assert {call[0] for call in machine.calls} == {"cuCtxSetCurrent", "cuLaunchKernel"}
+
+
+def test_threads_that_start_together_load_once(machine: Machine) -> None:
+    threads = [threading.Thread(target=driver.kernels_on, args=(torch.device("cuda", 0),)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [call[0] for call in machine.calls].count("cuModuleLoadData") == 1
+
+
+# ---- what is launched: sizes far beyond memory are never touched
+
+
+def recorded(name: str, run: Any) -> tuple[Any, Any, Any]:
+    kernels = Emulated(run=False)
+    run(kernels)
+    ((launched, *rest),) = kernels.launches
+    assert launched == name
+    return rest[0], rest[1], rest[2]
+
+
+def test_sizes_beyond_32_bits() -> None:
+    """Strides, addresses and grids of tensors of five gigabytes, of which no byte is read or written."""
+    batch, seq_len, dim, keep = 3, 400_000, 1024, 200_000
+    hidden = torch.empty(batch, seq_len, dim, dtype=torch.bfloat16)
+    indices = torch.empty(batch, keep, dtype=torch.int64)
+    outs: list[Tensor] = []
+    args, grid, block = recorded("gather_rows", lambda k: outs.append(launch.gather_rows(k, hidden, indices, True)))
+    assert (args.rows.data, args.rows.batch_stride, args.rows.row_stride) == (hidden.data_ptr(), 819_200_000, 2048)
+    assert (args.out.data, args.out.batch_stride, args.out.row_stride) == (outs[0].data_ptr(), 409_600_000, 2048)
+    assert (args.bytes, args.width) == (2048, 16)
+    assert (args.indices.batch, args.indices.keep, args.indices.seq_len) == (batch, keep, seq_len)
+    assert (args.indices.data, args.indices.batch_stride, args.indices.item_bytes) == (indices.data_ptr(), keep, 8)
+    assert (grid, block) == ((keep // 8, batch, 1), (32, 8, 1))
+
+    kept = outs[0].transpose(0, 1)
+    args, grid, block = recorded(
+        "merge_rows", lambda k: launch.merge_rows(k, hidden.transpose(0, 1), indices, kept, False)
+    )
+    assert (args.rest.batch_stride, args.rest.row_stride) == (819_200_000, 2048)
+    assert (args.out.batch_stride, args.out.row_stride) == (2048, 3 * 2048)
+    assert (args.bytes, args.width, args.tile) == (2048, 16, 16)
+    assert (grid, block) == ((seq_len // 16, batch, 1), (32, 8, 1))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows that lie more than 2**31 bytes apart, read and merged by the kernels."""
+    apart = 2**31 + 64
+    hidden = (
+        torch.empty(2 * apart + 64, dtype=torch.uint8).as_strided((1, 3, 64), (0, apart, 1)).view(torch.float8_e4m3fn)
+    )
+    rows = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 64)
+    hidden.view(torch.uint8).copy_(rows)
+    indices, kernels = torch.tensor([[0, 2]]), Emulated()
+    kept = launch.gather_rows(kernels, hidden, indices, True)
+    assert torch.equal(kept.view(torch.uint8), rows[:, [0, 2]])
+    merged = launch.merge_rows(kernels, hidden, indices[:, :1], kept[:, 1:], True)
+    assert torch.equal(merged.view(torch.uint8), rows[:, [2, 1, 2]])
+
+
+def test_a_batch_beyond_the_grid_is_looped_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MAX_GRID_Y", 2)
+    hidden, indices, kernels = torch.randn(5, 40, 6), sample(KEY, SITE, 5, 40, 13), Emulated()
+    kept = launch.gather_rows(kernels, hidden, indices, True)
+    assert torch.equal(kept, torch.ops.ltd_fx.gather_tokens(hidden, indices))
+    merged = launch.merge_rows(kernels, hidden, indices, -kept, True)
+    assert torch.equal(merged, torch.ops.ltd_fx.scatter_tokens(hidden, indices, -kept))
+    assert [grid[1] for _, _, grid, _ in kernels.launches] == [2, 2]
+
+
+@pytest.mark.parametrize(("seq_len", "threads"), [(1, 256), (2048, 256), (8192, 256), (8193, 1024), (1_000_000, 1024)])
+def test_one_block_a_row_of_samples(seq_len: int, threads: int) -> None:
+    args, grid, block = recorded("sample_tokens", lambda k: launch.sample_tokens(k, KEY, SITE, 192, seq_len, 1))
+    assert (args.key, args.site, args.rank) == (KEY.data_ptr(), SITE.data_ptr(), None)
+    assert (args.seq_len, args.keep) == (seq_len, 1)
+    assert (grid, block) == ((192, 1, 1), (threads, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "offset", "width", "block"),
+    [
+        (2048, torch.bfloat16, 0, 16, (64, 4)),
+        (1024, torch.bfloat16, 0, 16, (32, 8)),
+        (2048, torch.bfloat16, 1, 2, (256, 1)),
+        (2048, torch.bfloat16, 4, 8, (128, 2)),
+        (2046, torch.float32, 0, 8, (256, 1)),
+        (33, torch.float32, 0, 4, (32, 8)),
+        (64, torch.float32, 0, 16, (16, 16)),
+        (1, torch.int64, 0, 8, (1, 256)),
+        (3, torch.float16, 0, 2, (4, 64)),
+        (5, torch.float8_e5m2, 0, 1, (8, 32)),
+    ],
+)
+def test_the_widest_access_that_fits(
+    dim: int, dtype: torch.dtype, offset: int, width: int, block: tuple[int, int]
+) -> None:
+    storage = torch.empty(2 * 9 * dim + 8, dtype=dtype)
+    assert storage.data_ptr() % 16 == 0
+    hidden = storage[offset : offset + 2 * 9 * dim].view(2, 9, dim)
+    args, _, launched = recorded("gather_rows", lambda k: launch.gather_rows(k, hidden, INDICES, True))
+    assert (args.width, launched) == (width, (*block, 1))
+
+
+def test_a_token_too_large_is_refused() -> None:
+    hidden = torch.empty(1).expand(1, 2, 2**29)
+    with pytest.raises(LTDError, match="LTD_FX_CUDA=0"):
+        launch._row_bytes(hidden)
