@@ -9,10 +9,10 @@ demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed,
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/.dev ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.dev ## also the slow tests
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -1,9 +1,16 @@
 """The reserved length as a compiled graph reads it: the *shape* of a zero-byte tensor, so that no change recompiles."""
 
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import torch
+
+
+@cache
+def _ratio(share: float | None) -> tuple[int, int]:
+    """The share in integers, so that a symbolic sequence length stays exact."""
+    return Fraction(0.5 if share is None else share).limit_denominator(10_000).as_integer_ratio()
 
 
 class ReservedLength:
@@ -17,9 +24,7 @@ class ReservedLength:
 
     def __init__(self, share: float | None = None) -> None:
         self.share = share
-        ratio = Fraction(0.5 if share is None else share).limit_denominator(10_000)
-        # integers, so that a symbolic sequence length stays exact
-        self._numerator, self._denominator = ratio.numerator, ratio.denominator
+        self._numerator, self._denominator = _ratio(share)
         self._carrier: torch.Tensor | None = None
 
     @property

@@ -84,12 +84,12 @@ def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
     assert counter.frame_count <= 3  # the dense layer class, the routed one routed, the routed one dense
 
 
-def test_layers_of_an_untransformed_model_compile_one_by_one(case: Case) -> None:
-    plain = case.model()
-    model = ltd_fx.compile_layers(case.model(), backend="aot_eager")
-    assert_same(step(model, model, case.inputs()), step(plain, plain, case.inputs()))
+def test_layers_of_an_untransformed_model_compile_one_by_one(llama: Case) -> None:
+    plain = llama.model()
+    model = ltd_fx.compile_layers(llama.model(), backend="aot_eager")
+    assert_same(step(model, model, text()), step(plain, plain, text()))
     compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
-    assert compiled == list(model.get_submodule(case.layers))
+    assert compiled == list(model.get_submodule(llama.layers))
 
 
 def test_what_has_no_layers_to_compile_is_refused() -> None:
@@ -142,6 +142,7 @@ def test_two_compiled_forwards_before_one_backward(llama: Case) -> None:
     assert_same(*results)
 
 
+@pytest.mark.slow
 def test_changing_batch_sizes_and_lengths_compile_no_more_than_the_plain_model(llama: Case) -> None:
     routed = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 60))
     counts = []

@@ -75,7 +75,7 @@ CUSTOM = LayerPattern(
 LLAMA = LayerPattern(
     aligned={"attention_mask": (2, 3), "position_embeddings": (1,), "position_ids": (1,)}, cache="past_key_values"
 )
-OMIT = object()
+OMIT = "left out"
 CUSTOM_MISTAKES: dict[str, Any] = {
     "output slot": {"output": 0},
     "no output slot": {"output": None},

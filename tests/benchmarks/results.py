@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,9 @@ class Results:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps(self.tables, indent=1) + "\n")
         os.replace(scratch, self.path)
+
+
+@cache
+def results() -> Results:
+    """Those of this session."""
+    return Results()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import Setting, layers_of, stepper
 from peers import PEERS
-from results import Results
+from results import results
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
@@ -55,7 +55,7 @@ WALKS = {
 
 
 @pytest.mark.parametrize("walk", WALKS)
-def test_walk(benchmark: Any, results: Results, walk: str) -> None:
+def test_walk(benchmark: Any, walk: str) -> None:
     lengths, backend, options = WALKS[walk]
     print(f"\n{walk}, {backend}")
     for name in ("dense", "routed", "hand-written", "deepspeed"):
@@ -69,13 +69,13 @@ def test_walk(benchmark: Any, results: Results, walk: str) -> None:
             took = compiling(step, len(lengths), lambda i, set_length=set_length: set_length and set_length(lengths[i]))
         eager = counter.frame_count == torch._dynamo.config.recompile_limit
         row = {"setting": walk, "how": backend, "variant": name, "graphs": counter.frame_count, "seconds": took}
-        results.add("walk", {**row, "eager": eager})
+        results().add("walk", {**row, "eager": eager})
         print(f"{name:>12}: {counter.frame_count} graphs, {took:.1f} s of CPU{', then eager' if eager else ''}")
     benchmark.pedantic(step, rounds=1)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "layer by layer"])
-def test_depth(benchmark: Any, results: Results, whole: bool) -> None:
+def test_depth(benchmark: Any, whole: bool) -> None:
     how = "whole" if whole else "layer by layer"
     for depth in (4, 8, 16) if whole else (4, 8, 16, 32):
         took = {}
@@ -86,7 +86,7 @@ def test_depth(benchmark: Any, results: Results, whole: bool) -> None:
                 ltd_fx.transform(model, ltd_fx.LTDScheduler(64, 128, 1, kind="constant"))
             with cold():
                 took[name] = compiling(stepper(_compiled(model, whole), setting.inputs()), 1)
-        results.add("depth", {"setting": depth, "how": how, **took})
+        results().add("depth", {"setting": depth, "how": how, **took})
         print(f"\n{how}, {depth:2} layers, CPU: dense {took['dense']:.1f} s, routed {took['routed']:.1f} s", end="")
     benchmark.pedantic(lambda: None, rounds=1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from models import Setting, layers_of, stepper
-from results import Results
+from results import results
 from rounds import interleave, rounds_wanted
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def routing(tokens: int, width: int, batch: int) -> Any:
     return lambda: torch.autograd.grad(model(hidden), hidden, grad)
 
 
-def test_growth(benchmark: Any, results: Results) -> None:
+def test_growth(benchmark: Any) -> None:
     rows = []
     for tokens, width, batch in SIZES:
         setting = Setting("llama", width=width, tokens=tokens, batch=batch, depth=1)
@@ -65,7 +65,7 @@ def test_growth(benchmark: Any, results: Results) -> None:
             "layer_ms": 1e3 * layer,
             "share": route / layer,
         }
-        results.add("growth", {**row, "how": "eager"})
+        results().add("growth", {**row, "how": "eager"})
         print(
             f"\nS={tokens:5} d={width:4} B={batch}: routing {1e3 * route:7.2f} ms, {route / layer:.2%} of a layer",
             end="",
@@ -74,6 +74,6 @@ def test_growth(benchmark: Any, results: Results) -> None:
     slope, start = np.polyfit(sizes, seconds, 1)
     fitted = start + slope * sizes
     spread = float(np.abs(seconds / fitted - 1).max())
-    results.add("growth_fit", {"ms": 1e3 * start, "ns_an_element": 1e9 * slope, "worst": spread})
+    results().add("growth_fit", {"ms": 1e3 * start, "ns_an_element": 1e9 * slope, "worst": spread})
     print(f"\nrouting: {1e3 * start:.2f} ms + {1e9 * slope:.2f} ns an element of B*S*d, at most {spread:.0%} off")
     benchmark.pedantic(routing(*SIZES[0]), rounds=5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import Setting, stepper
 from peers import PEERS, peers_for
-from results import Results
+from results import results
 from torch import Tensor, nn
 
 SETTINGS = [
@@ -45,7 +45,7 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
 
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_memory(benchmark: Any, results: Results, setting: Setting, how: str) -> None:
+def test_memory(benchmark: Any, setting: Setting, how: str) -> None:
     found: dict[str, tuple[int, int]] = {}
     for name in sorted(peers_for(setting), key=lambda name: name != "ideal"):
         torch._dynamo.reset()
@@ -56,7 +56,7 @@ def test_memory(benchmark: Any, results: Results, setting: Setting, how: str) ->
         found[name] = peak_bytes(step), saved_bytes(step, model)
         ratios = [ours / bound for ours, bound in zip(found[name], found["ideal"], strict=True)]
         peak, saved = found[name]
-        results.add(
+        results().add(
             "memory",
             {"setting": str(setting), "how": how, "variant": name, "peak": peak, "saved": saved, "ratios": ratios},
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import Setting, stepper
 from peers import PEERS, peers_for
-from results import Results
+from results import results
 from rounds import efficiency, interleave, rounds_wanted
 
 # one thing changed at a time from the first
@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_speed(benchmark: Any, results: Results, setting: Setting, compiled: bool) -> None:
+def test_speed(benchmark: Any, setting: Setting, compiled: bool) -> None:
     steps = {}
     for name in peers_for(setting):
         model = setting.build()
@@ -53,7 +53,7 @@ def test_speed(benchmark: Any, results: Results, setting: Setting, compiled: boo
                 estimate = efficiency(measured, name)
                 row[f"efficiency_{clock}"] = [estimate.value, estimate.low, estimate.high]
                 row[f"text_{clock}"] = str(estimate)
-        results.add("speed", row)
+        results().add("speed", row)
         low, median, high = quartiles
         print(
             f"{name:>12}: {median:.3f} ({low:.3f} to {high:.3f})  {row.get('text_cpu', '')}  {row.get('text_wall', '')}"

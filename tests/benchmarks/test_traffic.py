@@ -11,7 +11,7 @@ import torch
 import traffic
 from models import Setting, stepper
 from peers import PEERS, peers_for
-from results import Results
+from results import results
 
 SETTINGS = [Setting("llama", width=256, tokens=256), Setting("bert", width=256, tokens=256, padded=True)]
 DIRECTIONS = ("forward", "backward")
@@ -38,7 +38,7 @@ def per_layer(setting: Setting, name: str, how: str) -> tuple[list[float], list[
 
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_traffic(benchmark: Any, results: Results, setting: Setting, how: str) -> None:
+def test_traffic(benchmark: Any, setting: Setting, how: str) -> None:
     unit = setting.batch * setting.keep * setting.width
     base, base_kernels = per_layer(setting, "ideal", how)
     print(f"\n{setting}, {how}: beyond the ideal, a layer; elements in B*k*D, then kernels")
@@ -49,6 +49,6 @@ def test_traffic(benchmark: Any, results: Results, setting: Setting, how: str) -
         beyond = [(a - b) / unit for a, b in zip(elements, base, strict=True)]
         more = [a - b for a, b in zip(kernels, base_kernels, strict=True)]
         row = {"setting": str(setting), "how": how, "variant": name, "elements": beyond, "kernels": more}
-        results.add("traffic", row)
+        results().add("traffic", row)
         print(f"{name:>12}: {beyond[0]:+.2f} forward, {beyond[1]:+.2f} backward; {more[0]:+}, {more[1]:+} kernels")
     benchmark.pedantic(lambda: None, rounds=1)
