@@ -57,7 +57,7 @@ def transform(
             a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
             attention mask ``[B, S]``, whose padding (zero) is dropped before any real token.
         routes: ``(first, last, share)`` each: tokens leave at layer ``first`` of a stack and return, unchanged, after
-            layer ``last`` (negative numbers count from the stack's end), as in TREAD (arXiv 2501.04765, section 3.1);
+            layer ``last`` (negative numbers count from the stack's end), as in TREAD (arXiv 2501.04765);
             layers on no route are dense. Where the schedule starts, a route keeps ``share`` of the tokens, a number
             between 0 and 1 (``None``: the scheduler's ``min_length``), and it is dense when the others are.
             Within a route, hidden states (and hooks) have the kept tokens only.
