@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from ltd_fx import ops, replay
+from ltd_fx import lowering, replay
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
 from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
@@ -97,7 +97,7 @@ def transform(
         shares=Counter(layer.share for layer in routed if layer.share is not None),
     )
     state.set_protect(protect, model)
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
     attach(model, routed, entries, state, example_inputs)
     return model
 

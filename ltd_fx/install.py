@@ -34,6 +34,7 @@ class Rewrite:
     sites: list[Site]  # empty until installed
     entries: list[CallSite]
     hook: RemovableHandle | None = None
+    closing: RemovableHandle | None = None  # of routes over several layers
     pending: RemovableHandle | None = None  # while patterns are to be inferred at the first training forward
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
@@ -79,6 +80,9 @@ def attach(
     else:
         rewrite.pending = add_root_hook(model, _complete)
     rewrite.hook = add_root_hook(model, state.begin_forward)
+    if chained:
+        torch._dynamo.eval_frame.skip_code(_check_routes.__code__)
+        rewrite.closing = model.register_forward_hook(_check_routes)
     model.__dict__[_REWRITE] = rewrite
     if state.scheduler is not None:
         state.scheduler._attach(state)
@@ -94,6 +98,17 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "larger compiled program; pass example_inputs to ltd_fx.transform"
         )
     torch.compiler.disable(install)(root, root.__dict__[_REWRITE], (args, kwargs))
+
+
+def _check_routes(root: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook: every route came to its end, or the output has the kept tokens only."""
+    for site in root.__dict__[_REWRITE].sites:
+        if site.span is not None and site.span.open:
+            site.span.close()
+            raise LTDError(
+                f"ltd_fx: the forward left the route of {site.name} without its last layer (LayerDrop?), so dropped "
+                "tokens did not return; give layers that may be skipped routes of their own"
+            )
 
 
 def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
@@ -177,7 +192,7 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
-    for hook in (done.hook, done.pending):
+    for hook in (done.hook, done.closing, done.pending):
         if hook is not None:
             hook.remove()
     del root.__dict__[_REWRITE]

@@ -17,7 +17,7 @@ class ReservedLength:
     """How many tokens the layers with one ``share`` keep.
 
     Args:
-        share: of the tokens, in (0, 1], at which a schedule starts, or which is kept always where there is none;
+        share: of the tokens, between 0 and 1, at which a schedule starts, or which is kept always where there is none;
             ``None``: the scheduler's own length, or half.
 
     """

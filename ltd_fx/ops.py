@@ -5,7 +5,6 @@ All are functional: they return fresh tensors and change none. One kernel writte
 synchronisation, and samples in numpy.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +119,7 @@ def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> 
     seq_len = hidden.shape[1 if batch_first else 0]
     _check_values(indices, seq_len)
     if not hidden.is_contiguous():
-        return _gather_by_indexing(hidden, indices, batch_first).contiguous()
+        return gather_by_indexing(hidden, indices, batch_first).contiguous()
     rows = _flat_rows(indices, seq_len, batch_first)
     shape = indices.shape if batch_first else indices.T.shape
     return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
@@ -266,7 +265,7 @@ def _scatter_vmap(
     return _part(out, batch_dim, info.batch_size), 0
 
 
-# ---- Inductor: indexing that fuses with the layer's own kernels
+# ---- as indexing: for any strides, and for Inductor, which fuses it with the layer's own kernels
 
 
 def _positions(indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -274,55 +273,9 @@ def _positions(indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     return (batch, indices) if batch_first else (indices.T, batch.T)
 
 
-def _gather_by_indexing(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+def gather_by_indexing(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
     return hidden[_positions(indices, batch_first)]
 
 
-def _scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+def scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
     return hidden.index_put(_positions(indices, batch_first), kept)
-
-
-def _sample_in_graph(
-    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
-) -> Tensor:
-    if key.device.type == "cpu":  # several times as fast as anything that Inductor makes, and nothing fuses with it
-        drawn: Tensor = torch.ops.ltd_fx._sample_on_cpu(key, site, batch, seq_len, keep, rank)
-        return drawn
-    return sample(key, site, batch, seq_len, keep, rank)
-
-
-_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "sample_tokens": _sample_in_graph,
-    "gather_tokens": _gather_by_indexing,
-    "scatter_tokens": _scatter_by_indexing,
-}
-_KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
-
-
-def register_inductor_decompositions() -> None:
-    """Let Inductor see through the operators, or with ``LTD_FX_LOWERING=kernel`` call their kernels.
-
-    Harmless to repeat, needed once before the first compile. Not done on import: it loads Inductor, which
-    ``import ltd_fx`` must not.
-
-    Raises:
-        LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
-
-    """
-    from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
-
-    lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
-    if lowering not in ("fuse", "kernel"):
-        raise LTDError(f"ltd_fx: LTD_FX_LOWERING must be fuse or kernel, got {lowering!r}")
-    # The caches on disk do not know of decompositions: without a tag they would hand out the other lowering's graphs.
-    config = torch.compiler.config
-    config.cache_key_tag = config.cache_key_tag.replace(_KERNEL_TAG, "") + (_KERNEL_TAG if lowering == "kernel" else "")
-    if (torch.ops.ltd_fx.gather_tokens.default in decompositions) == (lowering == "fuse"):
-        return
-    for name, decomposition in _DECOMPOSITIONS.items():
-        op = getattr(torch.ops.ltd_fx, name).default
-        if lowering == "fuse":
-            register_decomposition([op])(decomposition)
-        else:
-            del decompositions[op]
-    fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one

@@ -28,18 +28,24 @@ def plan(
 
     """
     planned = [layer for stack in stacks for layer in _plan_stack(stack, skip_first, skip_last, routes)]
-    routed = _with_shares([layer for layer, reason in planned if not reason], keep)
+    planned = _with_shares(planned, keep or {})
+    routed = [layer for layer, reason in planned if not reason]
     if not routed:
         sizes = ", ".join(f"{len(stack)} in {_parent(stack[0].name) or 'the root'}" for stack in stacks)
-        raise LTDError(
-            f"ltd_fx: skip_first={skip_first} and skip_last={skip_last} leave no layer to route (found {sizes}); "
-            "lower them"
+        settings = f"skip_first={skip_first} and skip_last={skip_last}" if routes is None else f"routes={routes}"
+        raise LTDError(f"ltd_fx: {settings} leave no layer to route (found {sizes}); change them")
+    entries = [
+        CallSite(
+            layer.name,
+            type(layer.module).__name__,
+            _parent(layer.name),
+            not reason,
+            reason,
+            share=layer.share,
+            route=layer.route,
         )
-    by_name = {layer.name: layer for layer in routed}
-    entries = []
-    for layer, reason in planned:
-        kind, stack, layer = type(layer.module).__name__, _parent(layer.name), by_name.get(layer.name, layer)
-        entries.append(CallSite(layer.name, kind, stack, not reason, reason, share=layer.share, route=layer.route))
+        for layer, reason in planned
+    ]
     return routed, entries
 
 
@@ -105,21 +111,14 @@ def _fraction(what: str, share: Any) -> float:
     return share
 
 
-def _with_shares(layers: list[Layer], keep: Mapping[str, float] | None) -> list[Layer]:
-    if keep is None:
-        return layers
-    names = [layer.name for layer in layers]
-    for name in keep:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
+def _with_shares(planned: list[tuple[Layer, str]], keep: Mapping[str, float]) -> list[tuple[Layer, str]]:
+    routed = {layer.name: layer for layer, reason in planned if not reason}
+    for name, share in keep.items():
+        if name not in routed:
+            near = difflib.get_close_matches(str(name), routed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise LTDError(f"ltd_fx.transform: keep names {name!r}, which is no routed layer{hint}")
-    shared = []
-    for layer in layers:
-        if layer.name in keep and layer.route is not None:
-            raise LTDError(
-                f"ltd_fx.transform: keep names {layer.name}, which lies on a route; give the route its share"
-            )
-        share = _fraction(f"keep[{layer.name!r}]", keep[layer.name]) if layer.name in keep else layer.share
-        shared.append(replace(layer, share=share))
-    return shared
+        if routed[name].route is not None:
+            raise LTDError(f"ltd_fx.transform: keep names {name}, which lies on a route; give the route its share")
+        routed[name] = replace(routed[name], share=_fraction(f"keep[{name!r}]", share))
+    return [(routed.get(layer.name, layer), reason) for layer, reason in planned]

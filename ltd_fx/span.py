@@ -17,6 +17,10 @@ class Span:
     """What the layers of one route hand on during a forward; kept by their sites."""
 
     def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the forward."""
         self.open = False
         self.draw: Draw | None = None
 
@@ -50,7 +54,7 @@ def take_over(site: "Site", leaves: bool) -> "Draw | None":
             "gradient_checkpointing_enable() does)"
         )
     if leaves:
-        span.open, span.draw = False, None
+        span.close()
     return draw
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ltd_fx
-from ltd_fx import ops
+from ltd_fx import lowering, ops
 from ltd_fx.cuda import driver
 from ltd_fx.sampling import draw_key, sample
 
@@ -33,7 +33,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert driver.kernels_on(DEVICE) is not None, "the kernels did not load"
     yield
     monkeypatch.undo()
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
 
 
 def draw(batch: int, seq_len: int, keep: int, rank: Tensor | None = None) -> Tensor:
@@ -83,8 +83,8 @@ def test_rows_are_the_cpus(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
             gathered = gather_tokens(hidden, drawn.to(index), batch_first).view(bits)
             merged = scatter_tokens(hidden, drawn.to(index), kept, batch_first).view(bits)
             hidden, kept = hidden.view(bits), kept.view(bits)
-            assert torch.equal(gathered, ops._gather_by_indexing(hidden, drawn, batch_first))
-            assert torch.equal(merged, ops._scatter_by_indexing(hidden, drawn, kept, batch_first))
+            assert torch.equal(gathered, ops.gather_by_indexing(hidden, drawn, batch_first))
+            assert torch.equal(merged, ops.scatter_by_indexing(hidden, drawn, kept, batch_first))
 
 
 def test_more_than_two_gigabytes() -> None:

@@ -12,14 +12,14 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ltd_fx
-from ltd_fx import LTDError, ops
+from ltd_fx import LTDError, lowering
 
 
 @pytest.fixture(autouse=True)
 def _fused_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
 
 
 def routed(hidden: Tensor, indices: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ def test_a_choice_is_never_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by what was registered before, nor by graphs that lie in the caches of torch.compile."""
     for choice in ("fuse", "kernel", "fuse", "kernel"):
         monkeypatch.setenv("LTD_FX_LOWERING", choice)
-        ops.register_inductor_decompositions()
+        lowering.register_inductor_decompositions()
         assert called() == ({"ltd_fx::gather_tokens"} if choice == "kernel" else set())
 
 
 def test_fused_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LTD_FX_LOWERING", raising=False)
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
     assert called() == set()
 
 

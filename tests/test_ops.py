@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from ltd_fx import LTDError, ops
+from ltd_fx import LTDError, lowering
 
 gather_tokens, scatter_tokens = torch.ops.ltd_fx.gather_tokens, torch.ops.ltd_fx.scatter_tokens
 sample_tokens = torch.ops.ltd_fx.sample_tokens
@@ -211,7 +211,7 @@ def undecomposed(monkeypatch):
 @LAYOUTS
 @pytest.mark.usefixtures("undecomposed")
 def test_decompositions_leave_no_route_and_equal_the_kernels(batch_first):
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
     hidden = inputs(2, 9, 3, 4, batch_first, memory="strided")[0]
     graph = make_fx(routed, decomposition.select_decomp_table())(hidden, KEY, batch_first)
     left = {str(node.target) for node in graph.graph.nodes if "ltd_fx" in str(node.target)}
@@ -222,13 +222,13 @@ def test_decompositions_leave_no_route_and_equal_the_kernels(batch_first):
 @pytest.mark.usefixtures("undecomposed")
 def test_decompositions_may_be_registered_after_a_compile():
     decomposition.select_decomp_table()  # what the first compile does
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
     assert gather_tokens.default in decomposition.select_decomp_table()
 
 
 @pytest.mark.usefixtures("undecomposed")
 def test_inductor_fuses_the_gather():
-    ops.register_inductor_decompositions()
+    lowering.register_inductor_decompositions()
     torch._dynamo.reset()
     hidden, indices, _ = inputs(2, 9, 8, 3, dtype=torch.float32)
 

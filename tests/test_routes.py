@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from toy import PATTERN, Block, Net
+from toy import PATTERN, Block
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -145,65 +145,6 @@ def test_compiled_with_routes(regional: bool) -> None:
     assert counter.frame_count == (7 if regional else 2)
 
 
-def test_shares_follow_the_schedule() -> None:
-    torch.manual_seed(0)
-    ltd_fx.register_pattern(Block, PATTERN)
-    scheduler = LTDScheduler(10, 100, 9, global_batch_size=2)
-    model = ltd_fx.transform(Net(5).train(), scheduler, keep={"blocks.2": 0.4})
-    total = 0
-    for step in range(11):
-        model(torch.randn(2, 100, 8))
-        kept = ltd_fx.sampled_indices(model)
-        expected = [min(10 + 10 * step, 100), min(40 + 60 * step // 9, 100)]
-        assert [kept["blocks.1"].shape[1], kept["blocks.2"].shape[1]] == expected
-        assert expected == [scheduler.length_at(step), scheduler.length_at(step, 0.4)]
-        assert scheduler.consumed_layer_tokens == total == scheduler.total_layer_tokens(step)
-        total += 2 * (2 * expected[0] + expected[1] + 2 * 100)
-        scheduler.step()
-    resumed = LTDScheduler(10, 100, 9, global_batch_size=2)
-    resumed.set_step(11)
-    ltd_fx.transform(Net(5), resumed, keep={"blocks.2": 0.4})
-    assert resumed.consumed_layer_tokens == total
-
-
-def test_a_share_without_a_scheduler_is_of_the_sequence() -> None:
-    ltd_fx.register_pattern(Block, PATTERN)
-    model = ltd_fx.transform(Net(5).train(), keep={"blocks.2": 0.3})
-    for seq_len in (10, 100, 2):
-        model(torch.randn(2, seq_len, 8))
-        kept = ltd_fx.sampled_indices(model)
-        assert [kept[f"blocks.{i}"].shape[1] for i in (1, 2, 3)] == [
-            seq_len // 2,
-            max(3 * seq_len // 10, 1),
-            seq_len // 2,
-        ]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"routes": [(0, 2, 0.5)]}, "blocks.0, which skip_first=1 leaves dense"),
-        ({"routes": [(2, -1, 0.5)]}, "blocks.5, which skip_last=1 leaves dense"),
-        ({"routes": [(1, 3, 0.5), (3, 4, 0.5)]}, "blocks.3 lies on two routes"),
-        ({"routes": [(3, 1, 0.5)]}, "first must not come after the last"),
-        ({"routes": [(1, 6, 0.5)]}, "which has 6 layers"),
-        ({"routes": [(1, 2)]}, "a route is"),
-        ({"routes": [(1, 2, 1)]}, "between 0 and 1, got 1"),
-        ({"routes": [(1, 2, 1.5)]}, "between 0 and 1"),
-        ({"routes": []}, "no layer to route"),
-        ({"keep": {"blocks.0": 0.5}}, "'blocks.0', which is no routed layer"),
-        ({"keep": {"block.2": 0.5}}, "did you mean 'blocks.2'"),
-        ({"keep": {"blocks.2": True}}, "between 0 and 1"),
-        ({"routes": [(1, 2, None)], "keep": {"blocks.2": 0.5}}, "blocks.2, which lies on a route"),
-        ({"routes": [(1, 2, 0.1)], "protect": 5, "scheduler": LTDScheduler(8, 40, 9)}, "keep=0.1, which starts at 4"),
-    ],
-)
-def test_bad_routes_are_refused(options: dict[str, Any], message: str) -> None:
-    ltd_fx.register_pattern(Block, PATTERN)
-    with pytest.raises(LTDError, match=message):
-        ltd_fx.transform(Net(6), **options)
-
-
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -287,6 +228,33 @@ def test_copies_keep_their_routes() -> None:
     for clone in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         clone.__dict__["_ltd_rewrite"].state.set_forward(0)
         assert torch.equal(loss_of(clone(**inputs)), first)
+
+
+class Skipping(Stack):
+    """Leaves a layer out in training, as LayerDrop does."""
+
+    skipped = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = x if i == self.skipped else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_route_whose_ends_are_skipped_is_refused(compiled: bool) -> None:
+    x = torch.randn(2, 12, 16)
+    model = ltd_fx.transform(Skipping(Layer, depth=5).train(), routes=[(1, 3, None)], example_inputs=(x,))
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    for skipped, message in ((3, "without its last layer"), (1, "without the layers before it")):
+        model.skipped = skipped
+        with pytest.raises(Exception, match=message):
+            run(x)
+    for skipped in (-1, 2):
+        model.skipped = skipped
+        assert run(x).shape == x.shape
+    ltd_fx.restore(model)
+    assert not model._forward_hooks
 
 
 class Checkpointed(Stack):

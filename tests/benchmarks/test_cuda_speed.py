@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ltd_fx
-from ltd_fx.ops import register_inductor_decompositions
+from ltd_fx.lowering import register_inductor_decompositions
 from ltd_fx.sampling import draw_key
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

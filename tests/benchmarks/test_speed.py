@@ -34,11 +34,11 @@ SETTINGS = [
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_speed(benchmark: Any, setting: Setting, compiled: bool) -> None:
+    torch._dynamo.reset()
     steps = {}
     for name in peers_for(setting):
         model = setting.build()
         PEERS[name](model, setting)
-        torch._dynamo.reset_code_caches()
         steps[name] = stepper(torch.compile(model) if compiled else model, setting.inputs())
         steps[name]()
     times = interleave(steps, rounds_wanted(20))

@@ -1,0 +1,58 @@
+"""What Inductor makes of the operators: indexing that fuses with the layer's own kernels, or calls of ours."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltd_fx.errors import LTDError
+from ltd_fx.ops import gather_by_indexing, scatter_by_indexing
+from ltd_fx.sampling import sample
+
+
+def _sample_in_graph(
+    key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
+) -> Tensor:
+    if key.device.type == "cpu":  # several times as fast as anything that Inductor makes, and nothing fuses with it
+        drawn: Tensor = torch.ops.ltd_fx._sample_on_cpu(key, site, batch, seq_len, keep, rank)
+        return drawn
+    return sample(key, site, batch, seq_len, keep, rank)
+
+
+_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "sample_tokens": _sample_in_graph,
+    "gather_tokens": gather_by_indexing,
+    "scatter_tokens": scatter_by_indexing,
+}
+_KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
+
+
+def register_inductor_decompositions() -> None:
+    """Let Inductor see through the operators, or with ``LTD_FX_LOWERING=kernel`` call their kernels.
+
+    Harmless to repeat, needed once before the first compile. Not done on import: it loads Inductor, which
+    ``import ltd_fx`` must not.
+
+    Raises:
+        LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
+
+    """
+    from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
+
+    lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
+    if lowering not in ("fuse", "kernel"):
+        raise LTDError(f"ltd_fx: LTD_FX_LOWERING must be fuse or kernel, got {lowering!r}")
+    # The caches on disk do not know of decompositions: without a tag they would hand out the other lowering's graphs.
+    config = torch.compiler.config
+    config.cache_key_tag = config.cache_key_tag.replace(_KERNEL_TAG, "") + (_KERNEL_TAG if lowering == "kernel" else "")
+    if (torch.ops.ltd_fx.gather_tokens.default in decompositions) == (lowering == "fuse"):
+        return
+    for name, decomposition in _DECOMPOSITIONS.items():
+        op = getattr(torch.ops.ltd_fx, name).default
+        if lowering == "fuse":
+            register_decomposition([op])(decomposition)
+        else:
+            del decompositions[op]
+    fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one
