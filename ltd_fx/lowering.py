@@ -21,10 +21,20 @@ def _sample_in_graph(
     return sample(key, site, batch, seq_len, keep, rank)
 
 
+def _scatter_in_graph(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:  # in the backward
+        from torch._inductor.inductor_prims import force_stride_order
+
+        # As a buffer. Inductor for the CPU fuses no scatter with a reduction, and a pre-norm layer ends its backward in
+        # the sum of all its gradients beside the norm's reductions: the scatter would read all of them a second time.
+        kept = force_stride_order(kept, kept.stride())
+    return scatter_by_indexing(hidden, indices, kept, batch_first)
+
+
 _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "sample_tokens": _sample_in_graph,
     "gather_tokens": gather_by_indexing,
-    "scatter_tokens": scatter_by_indexing,
+    "scatter_tokens": _scatter_in_graph,
 }
 _KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
 

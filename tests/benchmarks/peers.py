@@ -2,7 +2,8 @@
 
 ``ideal`` is the bound: the same layers on the first k tokens, with no routing. ``hand-written`` is what a user would
 write in ten lines; ``deepspeed`` is the wrapper of DeepSpeed's package, with torch in place of its CUDA kernels;
-``tread`` drops tokens over all layers at once, by hand; ``route`` is that in ltd_fx.
+``tread`` drops tokens over all layers at once, by hand; ``route`` is that in ltd_fx; ``shared`` is *routed* with one
+draw for the whole batch, and measured only where that matters.
 """
 
 import importlib.util
@@ -195,10 +196,15 @@ def _rows(hidden: Tensor, indices: Tensor) -> Tensor:
     return indices.long()[..., None].expand(-1, -1, hidden.shape[2])
 
 
+def shared(model: nn.Module, setting: Setting) -> SetLength:
+    return routed(model, setting, sampling="shared")
+
+
 PEERS: dict[str, Callable[[nn.Module, Setting], SetLength | None]] = {
     "dense": dense,
     "ideal": ideal,
     "routed": routed,
+    "shared": shared,
     "route": route,
     "hand-written": hand_written,
     "tread": tread,
@@ -207,8 +213,9 @@ PEERS: dict[str, Callable[[nn.Module, Setting], SetLength | None]] = {
 
 
 def peers_for(setting: Setting) -> list[str]:
-    """Those that can run it."""
-    return [name for name in PEERS if name != "deepspeed" or (setting.family != "llama" and _has_deepspeed())]
+    """Those that can run it, without ``shared``."""
+    absent = {"shared"} if setting.family != "llama" and _has_deepspeed() else {"shared", "deepspeed"}
+    return [name for name in PEERS if name not in absent]
 
 
 def _has_deepspeed() -> bool:

@@ -17,12 +17,19 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def interval(values: list[float] | None) -> str:
-    return "" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+def interval(values: list[float] | None, digits: int = 2) -> str:
+    return "" if values is None else "{:.{n}f} ({:.{n}f} to {:.{n}f})".format(*values, n=digits)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def speed(rows: list[Row]) -> str:
-    header = ("setting", "", "variant", "CPU seconds, quartiles", "efficiency by CPU time", "by wall time")
+    header = (
+        *("setting", "", "variant", "CPU seconds, quartiles", "efficiency by CPU time", "by wall time"),
+        *("time saved", "operations saved, planned"),
+    )
     return table(
         header,
         (
@@ -33,9 +40,18 @@ def speed(rows: list[Row]) -> str:
                 interval([row["cpu_s"][1], row["cpu_s"][0], row["cpu_s"][2]]),
                 interval(row.get("efficiency_cpu")),
                 interval(row.get("efficiency_wall")),
+                percent(row["saved"][0] if "saved" in row else None),
+                percent(row.get("planned")),
             )
             for row in rows
         ),
+    )
+
+
+def static(rows: list[Row]) -> str:
+    return table(
+        ("setting", "by CPU time", "by wall time"),
+        ((row["setting"], interval(row["cpu"], 3), interval(row["wall"], 3)) for row in rows),
     )
 
 
@@ -92,21 +108,30 @@ def depth(rows: list[Row]) -> str:
 
 def growth(rows: list[Row]) -> str:
     return table(
-        ("S", "d", "B", "routing, ms", "layer, ms", "share"),
-        ((*r["setting"], f"{r['route_ms']:.2f}", f"{r['layer_ms']:.0f}", f"{r['share']:.2%}") for r in rows),
+        ("S", "d", "B", "layers", "routing, ms", "copies, ms", "layers, ms", "share"),
+        (
+            (
+                *r["setting"],
+                f"{r['route_ms']:.2f}",
+                f"{r['copies_ms']:.2f}",
+                f"{r['layer_ms']:.0f}",
+                f"{r['share']:.2%}",
+            )
+            for r in rows
+        ),
     )
 
 
 def growth_fit(rows: list[Row]) -> str:
     (row,) = rows
     return (
-        f"Fitted: {row['ms']:.2f} ms and {row['ns_an_element']:.2f} ns an element of B·S·d, forward and backward; no "
-        f"measurement is more than {row['worst']:.0%} off."
+        f"Fitted: {row['ms']:.2f} ms and {row['ns_an_element']:.2f} ns an element of B·S·d·layers, both directions; "
+        f"no measurement is more than {row['worst']:.0%} off."
     )
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    f.__name__: f for f in (speed, memory, traffic, walk, depth, growth, growth_fit)
+    f.__name__: f for f in (speed, static, memory, traffic, walk, depth, growth, growth_fit)
 }
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,7 @@ def interleave(steps: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     return Times({n: np.array(t) for n, t in cpu.items()}, {n: np.array(t) for n, t in wall.items()})
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A ratio of medians, with the 90% interval of a bootstrap over rounds."""
 
     value: float

@@ -1,5 +1,7 @@
 """Time of a training step: dense, ideal, routed, and what a user would have instead, eager and compiled.
 
+Beside the time saved stand the operations that ``python -m ltd_fx plan`` says are saved.
+
 pytest tests/benchmarks/test_speed.py --benchmark-only -s
 """
 
@@ -10,7 +12,11 @@ import torch
 from models import Setting, stepper
 from peers import PEERS, peers_for
 from results import results
-from rounds import efficiency, interleave, rounds_wanted
+from rounds import bootstrap, efficiency, interleave, rounds_wanted
+from torch import nn
+
+import ltd_fx
+from ltd_fx.planner import Model, make_plan
 
 # one thing changed at a time from the first
 SETTINGS = [
@@ -49,12 +55,41 @@ def test_speed(benchmark: Any, setting: Setting, compiled: bool) -> None:
         quartiles = torch.tensor(seconds).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         row = {"setting": str(setting), "how": how, "variant": name, "cpu_s": quartiles}
         if name != "dense":
-            for clock, measured in (("cpu", times.cpu), ("wall", times.wall)):
-                estimate = efficiency(measured, name)
-                row[f"efficiency_{clock}"] = [estimate.value, estimate.low, estimate.high]
-                row[f"text_{clock}"] = str(estimate)
+            row["efficiency_cpu"] = efficiency(times.cpu, name)
+            row["efficiency_wall"] = efficiency(times.wall, name)
+            row["saved"] = bootstrap(lambda t, name=name: 1 - t[name] / t["dense"], times.cpu)
+            row["planned"] = planned(setting)
         results().add("speed", row)
         low, median, high = quartiles
-        print(
-            f"{name:>12}: {median:.3f} ({low:.3f} to {high:.3f})  {row.get('text_cpu', '')}  {row.get('text_wall', '')}"
-        )
+        efficiencies = "  ".join(str(row[key]) for key in ("efficiency_cpu", "efficiency_wall") if key in row)
+        print(f"{name:>12}: {median:.3f} ({low:.3f} to {high:.3f})  {efficiencies}")
+
+
+def planned(setting: Setting) -> float:
+    """The share of operations saved while the setting's reserved length lasts."""
+    sizes = Model(setting.depth, setting.width, setting.seq_len, causal=setting.family == "llama", dense_layers=0)
+    scheduler = ltd_fx.LTDScheduler(setting.keep, setting.seq_len, 1, kind="constant")
+    return make_plan(sizes, scheduler, 1).flops_saved
+
+
+@pytest.mark.parametrize("setting", [Setting(), Setting("bert", padded=True), Setting("vit")], ids=str)
+def test_static(benchmark: Any, setting: Setting) -> None:
+    """What one graph for all lengths costs: a step of it, over one of a graph in which k is a constant."""
+    torch._dynamo.reset()
+    steps = {}
+    for name, make in {"any length": PEERS["routed"], "one length": one_length}.items():
+        model = setting.build()
+        make(model, setting)
+        steps[name] = stepper(torch.compile(model), setting.inputs())
+        steps[name]()
+    times = interleave(steps, rounds_wanted(20))
+    ratios = [bootstrap(lambda t: t["any length"] / t["one length"], clock) for clock in (times.cpu, times.wall)]
+    results().add("static", {"setting": str(setting), "how": "compiled", "cpu": ratios[0], "wall": ratios[1]})
+    print(f"\n{setting}: any length over one length, by CPU time {ratios[0]}, by wall time {ratios[1]}")
+    benchmark.pedantic(steps["any length"], rounds=1)
+
+
+def one_length(model: nn.Module, setting: Setting) -> None:
+    """Half of the tokens, always: for inputs of one shape that is a constant."""
+    assert setting.share == 2
+    ltd_fx.transform(model, skip_first=0, skip_last=0)

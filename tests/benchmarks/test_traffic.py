@@ -42,7 +42,7 @@ def test_traffic(benchmark: Any, setting: Setting, how: str) -> None:
     unit = setting.batch * setting.keep * setting.width
     base, base_kernels = per_layer(setting, "ideal", how)
     print(f"\n{setting}, {how}: beyond the ideal, a layer; elements in B*k*D, then kernels")
-    for name in peers_for(setting):
+    for name in (*peers_for(setting), "shared"):
         if name in ("ideal", "dense"):
             continue
         elements, kernels = per_layer(setting, name, how)

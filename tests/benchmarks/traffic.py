@@ -56,8 +56,10 @@ def _elements(node: Any) -> int:
     for dep in node.read_writes.reads_and_writes():
         if dep.name in inside or not _floats(dep.name):
             continue
-        if isinstance(dep, MemoryDep):  # of the loop, not of the buffer: an index may pick some of its rows
-            total += math.prod(V.graph.sizevars.optimization_hint(size) for size in dep.size)
+        if isinstance(dep, MemoryDep):
+            # of the loop, not of the buffer, where an index picks some of its rows; read for all heads is read once
+            sizes = (size for var, size in dep.ranges.items() if dep.is_indirect() or dep.index.has(var))
+            total += math.prod(V.graph.sizevars.optimization_hint(size) for size in sizes)
         elif isinstance(dep, StarDep) and "Extern" in type(node).__name__:  # elsewhere it only orders a write in place
             total += dep.numbytes_hint() // V.graph.get_dtype(dep.name).itemsize
     return total
