@@ -59,7 +59,7 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[LTD
 
     ``scheduler, options = from_config("ds_config.json"); ltd_fx.transform(model, scheduler, **options)``
 
-    The schedule is DeepSpeed's ``fixed_linear``, except that it is never below ``min_value`` (theirs rounds that down to
+    The schedule is DeepSpeed's ``fixed_linear``, except that it is never below ``min_value`` (theirs rounds it down to
     a multiple of ``seq_per_step``). ``random_ltd_layer_id`` counts the layers of a stack from 0, in the model's order;
     a number that the model does not have is refused by ``transform``. Layer tokens are counted by the model's own
     layers, ``total_layer_num`` only bounds the numbers. Keys that are not needed are named in one warning.
