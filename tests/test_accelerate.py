@@ -1,4 +1,4 @@
-"""Accelerate's checkpoints, and LoRA through PEFT."""
+"""Accelerate's checkpoints and learning rate steps, in a plain loop."""
 
 from pathlib import Path
 from typing import Any
