@@ -53,3 +53,6 @@ def test_adapters_of_routed_layers(build: Any, tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(plain(), tmp_path).eval()
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
     assert not torch.equal(loaded(**inputs).logits, plain().eval()(**inputs).logits)
+    merged = ltd_fx.restore(model).merge_and_unload()
+    assert {type(layer).__name__ for layer in merged.model.layers} == {"LlamaDecoderLayer"}
+    torch.testing.assert_close(merged.eval()(**inputs).logits, loaded(**inputs).logits)
