@@ -5,6 +5,7 @@ from ltd_fx.align import Aligned
 from ltd_fx.api import compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.lr import LayerTokenLR
 from ltd_fx.patterns import LayerPattern, register_pattern
 from ltd_fx.report import CallSite, Proof, RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
@@ -18,6 +19,7 @@ __all__ = [
     "LTDError",
     "LTDScheduler",
     "LayerPattern",
+    "LayerTokenLR",
     "Proof",
     "RewriteReport",
     "VerifyReport",

@@ -97,6 +97,8 @@ class LTDScheduler:
         if share is not None:
             span, own = self.max_length - self.min_length, self.max_length - self.least(share)
             length = self.max_length - (self.max_length - length) * own / span if span else float(self.max_length)
+        if length >= self.max_length and self.kind != "linear":
+            return self.max_length  # also where it is no multiple; linear goes on to the next one
         # half of the way is not a rounding error less; DeepSpeed's own formula is left as it is
         rounded = math.floor(length if self.kind == "linear" and share is None else length + 1e-9)
         rounded -= rounded % self.multiple_of

@@ -36,7 +36,7 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
     return _renamed(model_or_state_dict, names)
 
 
-def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write :func:`clean_state_dict` to ``path``: safetensors for the suffix ``.safetensors``, else ``torch.save``.
 
     Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The
@@ -47,7 +47,7 @@ def save_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     """
     path = Path(path)
-    state = clean_state_dict(model)
+    state = clean_state_dict(model_or_state_dict)
     other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if _is_safetensors(path) and other is not None:
         raise LTDError(f"ltd_fx.save_clean: {other!r} is no tensor, which safetensors cannot hold; save to a .pt file")
@@ -80,10 +80,8 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     """
     path = Path(path)
-    try:
-        loaded = _load_safetensors(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises nearly anything
-        raise LTDError(f"ltd_fx.load_clean: {path} cannot be read: {error}") from error
+    _is_safetensors(path)
+    loaded = read_checkpoint(path)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise LTDError(f"ltd_fx.load_clean: {path} holds no weights; it must be a mapping from names to tensors")
     model = _unwrapped(model)
@@ -99,6 +97,22 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{tuple(value.shape)} here"
             )
     model.load_state_dict({names[name]: value for name, value in loaded.items()})
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What a checkpoint file holds, on the CPU: tensors by name of a ``.safetensors`` file, else of ``torch.save``.
+
+    Raises:
+        LTDError: the file cannot be read, or holds more than tensors and plain values.
+
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        return torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises nearly anything
+        raise LTDError(f"ltd_fx: {path} cannot be read: {error}") from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -67,3 +67,10 @@ def test_bad_routes_are_refused(options: dict[str, Any], message: str) -> None:
     ltd_fx.register_pattern(Block, PATTERN)
     with pytest.raises(LTDError, match=message):
         ltd_fx.transform(Net(6), **options)
+
+
+@pytest.mark.parametrize("kind", ["root", "cosine", "step", lambda step: 197 if step >= 300 else 32])
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_a_maximum_that_is_no_multiple_is_reached(kind: Any, share: float | None) -> None:
+    scheduler = LTDScheduler(32, 197, 300, multiple_of=8, kind=kind)
+    assert scheduler.length_at(299, share) < scheduler.length_at(300, share) == 197

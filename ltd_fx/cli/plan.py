@@ -1,42 +1,19 @@
-"""``python -m ltd_fx``: what can be asked from a shell."""
+"""``plan``: what a schedule saves, before any run."""
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 
-from ltd_fx.errors import LTDError
+from ltd_fx.cli.schedule import add_schedule, scheduler_of
 from ltd_fx.planner import DEVICES, Model, Plan, make_plan
-from ltd_fx.schedule import LTDScheduler
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m ltd_fx", description="Random layerwise token dropping.")
-    commands = parser.add_subparsers(required=True)
-    _add_plan(commands.add_parser("plan", help="what a schedule saves, before any run"))
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except LTDError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_plan)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--hidden", type=int, required=True, help="size of the hidden states")
     parser.add_argument("--seq", type=int, required=True, help="tokens of a sequence")
-    parser.add_argument(
-        "--schedule",
-        required=True,
-        metavar="MIN:MAX:MULTIPLE:STEPS",
-        help="lengths in tokens, as in 128:2048:16:200000",
-    )
-    parser.add_argument("--kind", default="linear", help="linear, root, cosine, step or constant (default: linear)")
+    add_schedule(parser, "--schedule", required=True)
     parser.add_argument("--steps", type=int, required=True, help="of the whole run")
     parser.add_argument("--batch", type=int, default=1, help="sequences a step, over all devices")
     parser.add_argument("--dense-layers", type=int, default=2, help="layers that are not routed (default: 2)")
@@ -45,10 +22,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=sorted(DEVICES))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the GPU's peak, dense (default: 0.4)")
-    parser.add_argument("--json", action="store_true")
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> int:
     model = Model(
         options.layers,
         options.hidden,
@@ -59,7 +35,7 @@ def _plan(options: argparse.Namespace) -> None:
     )
     plan = make_plan(
         model,
-        _schedule(options.schedule, options.kind),
+        scheduler_of(options),
         options.steps,
         batch=options.batch,
         device=DEVICES[options.gpu] if options.gpu else None,
@@ -67,14 +43,7 @@ def _plan(options: argparse.Namespace) -> None:
         utilisation=options.utilisation,
     )
     print(json.dumps(asdict(plan)) if options.json else _table(plan))
-
-
-def _schedule(text: str, kind: str) -> LTDScheduler:
-    try:
-        minimum, maximum, multiple, steps = map(int, text.split(":"))
-    except ValueError:
-        raise LTDError(f"ltd_fx plan: --schedule must be MIN:MAX:MULTIPLE:STEPS, got {text!r}") from None
-    return LTDScheduler(minimum, maximum, steps, multiple_of=multiple, kind=kind)
+    return 0
 
 
 def _table(plan: Plan) -> str:

@@ -1,7 +1,4 @@
-"""DeepSpeed's random-LTD surface on this engine: its wrapper module and helpers, for scripts that hold those names.
-
-Its ``fixed_linear`` schedule is :class:`ltd_fx.LTDScheduler` with ``kind="linear"``. Nothing here imports DeepSpeed.
-"""
+"""DeepSpeed's wrapper module and helpers on this engine, for scripts that hold those names."""
 
 from collections.abc import Mapping
 from typing import Any

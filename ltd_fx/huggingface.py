@@ -1,0 +1,106 @@
+"""transformers' ``Trainer``: the scheduler stepped, logged and resumed with it."""
+
+import warnings
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ltd_fx.errors import LTDError
+from ltd_fx.install import find_rewrite
+from ltd_fx.schedule import LTDScheduler
+
+
+class LTDCallback(TrainerCallback, ExportableState):
+    """Steps the scheduler of the trainer's transformed model, logs what it saves, and resumes it.
+
+    ``Trainer(model=ltd_fx.transform(model, scheduler), ..., callbacks=[LTDCallback()])``
+
+    - The scheduler goes on by one step at each optimizer step, before the learning rate does (``LayerTokenLR``).
+    - Each log of the training loss also has ``ltd_reserved_length`` (tokens that the layers kept in the latest step),
+      ``ltd_layer_tokens`` (consumed so far) and ``ltd_saved`` (the share of layer tokens saved so far, against
+      ``max_length`` tokens in all layers). The trainer calls its reporting callbacks (TensorBoard, W&B) before those in
+      ``callbacks``: use :func:`add_callback` to have the numbers there as well.
+    - Its state is in the checkpoints' ``trainer_state.json``. ``train(resume_from_checkpoint=...)`` goes on with the
+      same lengths and the same draws; a checkpoint saved without this callback sets the scheduler to its step, with a
+      warning. Any other ``train()`` goes on from the scheduler's current step.
+
+    Evaluation is dense, and what the trainer saves has the untransformed model's keys.
+
+    Raises:
+        LTDError: when training begins: the model is not transformed or has no scheduler, or the checkpoint is of
+            another schedule or seed.
+
+    """
+
+    def __init__(self) -> None:
+        self._scheduler: LTDScheduler | None = None
+        self._length = 0  # of the latest step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scheduler = find_rewrite(kwargs["model"])[1].state.scheduler
+        if scheduler is None:
+            raise LTDError("LTDCallback: the model keeps half of its tokens always; pass an LTDScheduler to transform")
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if scheduler.global_batch_size not in (None, batch):
+            warnings.warn(
+                f"LTDCallback: a step of this trainer has {batch} sequences, but layer tokens are counted for "
+                f"global_batch_size={scheduler.global_batch_size}",
+                stacklevel=2,
+            )
+        self._scheduler = scheduler
+        # the trainer expects an entry to write to, which the state of another run may lack
+        entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # declared as the list it is made of
+        saved = entries.setdefault(type(self).__name__, {})
+        if state.global_step and saved:
+            scheduler.load_state_dict(saved["attributes"]["saved"])
+        elif state.global_step:
+            warnings.warn(
+                "LTDCallback: the checkpoint was saved without this callback; the schedule goes on from step "
+                f"{state.global_step}",
+                stacklevel=2,
+            )
+            scheduler.set_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._scheduler is not None
+        self._length = self._scheduler.reserved_length
+        self._scheduler.step()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs or self._scheduler is None:
+            return
+        found = {"ltd_reserved_length": self._length, **_saving(self._scheduler)}
+        logs.update(found)
+        state.log_history[-1].update(found)  # appended by the trainer before the callbacks are called
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into a checkpoint."""
+        saved = None if self._scheduler is None else self._scheduler.state_dict()
+        return {"args": {}, "attributes": {"saved": saved}}
+
+
+def _saving(scheduler: LTDScheduler) -> dict[str, float]:
+    state, consumed = scheduler._state, scheduler.consumed_layer_tokens
+    assert state is not None
+    layers = state.dense + sum(state.shares.values())
+    dense = (scheduler.global_batch_size or 1) * scheduler._step * scheduler.max_length * layers
+    return {"ltd_layer_tokens": consumed, "ltd_saved": 1 - consumed / dense}
+
+
+def add_callback(trainer: Trainer) -> LTDCallback:
+    """Put an :class:`LTDCallback` before the trainer's other callbacks, so that those which report (TensorBoard, W&B)
+    see what it adds to the logs.
+
+    Returns:
+        The callback.
+
+    """
+    callback = LTDCallback()
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback
