@@ -150,7 +150,9 @@ def _rows(draw: Draw, prefix: int) -> Tensor:
 def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
     """The kept rows of each; by the operators, or by indexing where they do not serve."""
     gathered = [value for value, _ in requests]
-    together: dict[int, list[tuple[int, Tensor, int]]] = {}  # by prefix, which decides the rows: place, value, dimension
+    together: dict[
+        int, list[tuple[int, Tensor, int]]
+    ] = {}  # by prefix, which decides the rows: place, value, dimension
     for place, (value, aligned) in enumerate(requests):
         if not aligned.dims:
             continue
@@ -178,10 +180,9 @@ def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
 
 def _gather_mask(mask: Tensor, indices: Tensor, dims: tuple[int, ...]) -> Tensor:
     """``[N, ...]`` with S in both ``dims``."""
-    there = tuple(sorted(dims))
-    moved = mask.movedim(there, (-2, -1))
-    out = torch.ops.ltd_fx.gather_mask(moved if mask.ndim == 4 else moved[:, None], indices)
-    return (out if mask.ndim == 4 else out[:, 0]).movedim((-2, -1), there)
+    moved = mask.movedim(dims, (-2, -1))
+    heads: Tensor = torch.ops.ltd_fx.gather_mask(moved if mask.ndim == 4 else moved[:, None], indices)
+    return (heads if mask.ndim == 4 else heads[:, 0]).movedim((-2, -1), dims)
 
 
 def _in_place(draw: Draw, value: Tensor, aligned: Aligned) -> Tensor:

@@ -203,7 +203,7 @@ torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, set
 # ---- vmap: the mapped dimension joins the batch
 
 
-def _to_front(value: Tensor, dim: int | None, size: int) -> Tensor:
+def to_front(value: Tensor, dim: int | None, size: int) -> Tensor:
     return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
@@ -237,7 +237,7 @@ def _sample_vmap(
         like = like.select(in_dims[2], 0)
     if rank is not None:
         dim = in_dims[6] if len(in_dims) > 6 else None
-        rank = _to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
+        rank = to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
     rows = torch.ops.ltd_fx.sample_tokens(key, site, like, size * batch, seq_len, keep, rank)
     return rows.unflatten(0, (size, batch)), 0
 
@@ -248,7 +248,7 @@ def _gather_vmap(
 ) -> tuple[Tensor, int]:
     batch_dim = 0 if batch_first else 1
     hidden, indices = (
-        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices), in_dims, strict=False)
+        to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices), in_dims, strict=False)
     )
     out = torch.ops.ltd_fx.gather_tokens(_join(hidden, batch_dim), _join(indices, 0), batch_first)
     return _part(out, batch_dim, info.batch_size), 0
@@ -260,7 +260,7 @@ def _scatter_vmap(
 ) -> tuple[Tensor, int]:
     batch_dim = 0 if batch_first else 1
     hidden, indices, kept = (
-        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices, kept), in_dims, strict=False)
+        to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices, kept), in_dims, strict=False)
     )
     out = torch.ops.ltd_fx.scatter_tokens(
         _join(hidden, batch_dim), _join(indices, 0), _join(kept, batch_dim), batch_first

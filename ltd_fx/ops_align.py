@@ -3,12 +3,13 @@
 Both are functional. One kernel written in torch serves every device but CUDA (:mod:`ltd_fx.cuda.ops`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltd_fx.ops import check_rows, check_values, lib, require
+from ltd_fx.ops import check_rows, check_values, lib, require, to_front
 
 lib.define("gather_aligned(Tensor[] values, Tensor indices, int[] dims) -> Tensor[]")
 lib.define("gather_mask(Tensor mask, Tensor indices) -> Tensor")
@@ -54,25 +55,30 @@ def check_aligned(values: list[Tensor], indices: Tensor, dims: list[int]) -> Non
     check_rows(indices)
     require(len(values) == len(dims), lambda: f"{len(values)} values need as many dims, got {len(dims)}")
     for value, dim in zip(values, dims, strict=True):
-        _check_value(value, indices, (dim,), values[0].shape[dims[0]] if 0 < dims[0] < values[0].ndim else 0)
+        _check_value(value, dim, indices)
+        _check_length(value, dim, values[0].shape[dims[0]])
 
 
 def check_mask(mask: Tensor, indices: Tensor) -> None:
     check_rows(indices)
     require(mask.ndim == 4, lambda: f"mask must be [N, H, S, S], got shape {tuple(mask.shape)}")
-    _check_value(mask, indices, (2, 3), mask.shape[2])
+    _check_value(mask, 2, indices)
+    _check_length(mask, 3, mask.shape[2])
 
 
-def _check_value(value: Tensor, indices: Tensor, dims: tuple[int, ...], seq_len: int) -> None:
+def _check_value(value: Tensor, dim: int, indices: Tensor) -> None:
     rows, keep = indices.shape
     shape = tuple(value.shape)
-    for dim in dims:
-        require(0 < dim < value.ndim, lambda: f"a value of shape {shape} has no dimension {dim} beyond its batch")
-        require(value.shape[dim] == seq_len, lambda: f"shape {shape} must have {seq_len} tokens in dimension {dim}")
-    fits = value.shape[0] == 1 or rows == 1 or value.shape[0] == rows
+    require(0 < dim < value.ndim, lambda: f"a value of shape {shape} has no dimension {dim} beyond its batch")
+    fits = shape[0] == 1 or rows == 1 or shape[0] == rows
     require(fits, lambda: f"a value of shape {shape} must have a batch of {rows} or 1")
-    require(keep <= seq_len, lambda: f"indices keeps {keep} tokens, but a value has only {seq_len}")
+    require(keep <= shape[dim], lambda: f"indices keeps {keep} tokens, but a value has only {shape[dim]}")
     require(value.device == indices.device, lambda: f"a value is on {value.device}, indices on {indices.device}")
+
+
+def _check_length(value: Tensor, dim: int, seq_len: int) -> None:
+    shape = tuple(value.shape)
+    require(shape[dim] == seq_len, lambda: f"a value of shape {shape} must have {seq_len} tokens in dimension {dim}")
 
 
 # ---- kernels; also what Inductor sees in place of the operators
@@ -94,9 +100,7 @@ def mask_kernel(mask: Tensor, indices: Tensor) -> Tensor:
 
 
 def aligned_by_indexing(values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
-    return [
-        gather_by_indexing(value, indices, (dim,)).contiguous() for value, dim in zip(values, dims, strict=True)
-    ]
+    return [gather_by_indexing(value, indices, (dim,)).contiguous() for value, dim in zip(values, dims, strict=True)]
 
 
 def mask_by_indexing(mask: Tensor, indices: Tensor) -> Tensor:
@@ -115,9 +119,7 @@ def gathered_shape(value: Tensor, indices: Tensor, dims: tuple[int, ...]) -> lis
 @torch.library.register_fake("ltd_fx::gather_aligned", lib=lib)
 def _aligned_fake(values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
     check_aligned(values, indices, dims)
-    return [
-        value.new_empty(gathered_shape(value, indices, (dim,))) for value, dim in zip(values, dims, strict=True)
-    ]
+    return [value.new_empty(gathered_shape(value, indices, (dim,))) for value, dim in zip(values, dims, strict=True)]
 
 
 @torch.library.register_fake("ltd_fx::gather_mask", lib=lib)
@@ -135,7 +137,8 @@ def _gradient(grad: Tensor, shape: torch.Size, indices: Tensor, dims: tuple[int,
     moved = grad.new_zeros(shape).movedim(dims, here)
     rows = torch.arange(shape[0], device=grad.device).view(-1, *[1] * len(dims))
     place = (rows, *_grid(indices.expand(grad.shape[0], -1), len(dims)))
-    return moved.index_put(place, grad.movedim(dims, here), accumulate=True).movedim(here, dims)
+    gradient: Tensor = moved.index_put(place, grad.movedim(dims, here), accumulate=True).movedim(here, dims)
+    return gradient
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,15 +163,31 @@ torch.library.register_autograd("ltd_fx::gather_aligned", _aligned_backward, set
 torch.library.register_autograd("ltd_fx::gather_mask", _mask_backward, setup_context=_save, lib=lib)
 
 
-# ---- vmap: the indexing is mapped
+# ---- vmap: the mapped dimension joins the batch
+
+
+def _mapped(op: Callable[..., Tensor], size: int, in_dims: tuple[Any, ...], value: Tensor, indices: Tensor) -> Tensor:
+    value, indices = (to_front(each, dim, size) for each, dim in zip((value, indices), in_dims, strict=True))
+    batch = max(value.shape[1], indices.shape[1])
+    joined = (each.expand(size, batch, *each.shape[2:]).flatten(0, 1) for each in (value, indices))
+    parted: Tensor = op(*joined).unflatten(0, (size, batch))
+    return parted
 
 
 @torch.library.register_vmap("ltd_fx::gather_aligned", lib=lib)
-def _aligned_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    out = torch.vmap(aligned_by_indexing, in_dims)(*args)
-    return out, [0] * len(out)
+def _aligned_vmap(
+    info: Any, in_dims: tuple[Any, ...], values: list[Tensor], indices: Tensor, dims: list[int]
+) -> tuple[list[Tensor], list[int]]:
+    def one(value: Tensor, value_dim: int | None, dim: int) -> Tensor:
+        def gather(value: Tensor, indices: Tensor) -> Tensor:
+            out: list[Tensor] = torch.ops.ltd_fx.gather_aligned([value], indices, [dim])
+            return out[0]
+
+        return _mapped(gather, info.batch_size, (value_dim, in_dims[1]), value, indices)
+
+    return [one(*each) for each in zip(values, in_dims[0], dims, strict=True)], [0] * len(values)
 
 
 @torch.library.register_vmap("ltd_fx::gather_mask", lib=lib)
-def _mask_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    return torch.vmap(mask_by_indexing, in_dims)(*args), 0
+def _mask_vmap(info: Any, in_dims: tuple[Any, ...], mask: Tensor, indices: Tensor) -> tuple[Tensor, int]:
+    return _mapped(torch.ops.ltd_fx.gather_mask, info.batch_size, in_dims, mask, indices), 0

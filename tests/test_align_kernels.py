@@ -59,7 +59,10 @@ def check_mask(kernels: Emulated, mask: Tensor, indices: Tensor) -> None:
     assert out.dtype == mask.dtype
     assert out.is_contiguous()
     if mask.is_complex():
-        mask, out = torch.view_as_real(mask).view(torch.int64).sum(-1), torch.view_as_real(out).view(torch.int64).sum(-1)
+        mask, out = (
+            torch.view_as_real(mask).view(torch.int64).sum(-1),
+            torch.view_as_real(out).view(torch.int64).sum(-1),
+        )
     else:
         mask, out = bits_of(mask), bits_of(out)
     assert torch.equal(out, mask_by_indexing(mask, indices.long()))

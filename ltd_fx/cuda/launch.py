@@ -1,6 +1,7 @@
 """Tensors to kernel arguments: addresses, strides in bytes, the widest access, grid and block.
 
-The structs mirror those of ``kernels.cu`` and ``align.cu``. Arguments have been checked by the operators; every size is 64 bits wide.
+The structs mirror those of ``kernels.cu`` and ``align.cu``. Arguments have been checked by the operators; every size
+is 64 bits wide.
 """
 
 import ctypes
@@ -173,9 +174,7 @@ def _piece(value: Tensor, out: Tensor) -> Piece:
     size, row_bytes, width = value.element_size(), _row_bytes(value), math.gcd(_width(value), out.data_ptr())
     strides = (value.stride(dim) * size if value.shape[dim] > 1 else 0 for dim in range(3))
     (threads, _, _) = _block(row_bytes // width)
-    return Piece(
-        value.data_ptr(), out.data_ptr(), out.shape[0], value.shape[1], *strides, row_bytes, width, threads
-    )
+    return Piece(value.data_ptr(), out.data_ptr(), out.shape[0], value.shape[1], *strides, row_bytes, width, threads)
 
 
 def gather_mask(kernels: Kernels, mask: Tensor, indices: Tensor) -> Tensor:

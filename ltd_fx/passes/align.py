@@ -78,7 +78,7 @@ def _alone(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node:
 
 
 def _may_follow(site: CallSite, name: str, value: Any) -> bool:
-    """Whether an argument can carry the sequence: not the hidden states, a cache, a flag or what the pattern excludes."""
+    """Whether an argument can carry the sequence: not the hidden states, a cache or a flag, and not excluded."""
     pattern = site.target.pattern
     if name in (pattern.hidden, pattern.cache):
         return False
