@@ -59,7 +59,7 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
 def align_together(
     draw: Draw | None, names: Sequence[str], values: Sequence[Any], entries: Sequence[tuple[Any, ...]]
 ) -> Sequence[Any]:
-    """:func:`align` for several arguments, all of whose tables the device gathers in one launch."""
+    """:func:`align` for several arguments; those that carry the sequence in one dimension take one launch."""
     if draw is None:
         return values
     done = {} if draw.gathered is None else draw.gathered
@@ -85,7 +85,7 @@ def _tensors(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> list[
             )
         pairs = zip(items, _entries(entry, len(items)), strict=True)
         return [request for item, e in pairs for request in _tensors(draw, item, name, e or ())]
-    if isinstance(value, BlockMask):
+    if isinstance(value, BlockMask):  # nothing is left to gather
         return [(_rebuild(draw, value, name), Aligned(()))]
     if each or not isinstance(value, Tensor):
         raise LTDError(
@@ -150,9 +150,8 @@ def _rows(draw: Draw, prefix: int) -> Tensor:
 def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
     """The kept rows of each; by the operators, or by indexing where they do not serve."""
     gathered = [value for value, _ in requests]
-    together: dict[
-        int, list[tuple[int, Tensor, int]]
-    ] = {}  # by prefix, which decides the rows: place, value, dimension
+    # by prefix, which decides the rows: place in `requests`, value, dimension
+    together: dict[int, list[tuple[int, Tensor, int]]] = {}
     for place, (value, aligned) in enumerate(requests):
         if not aligned.dims:
             continue
