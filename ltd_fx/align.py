@@ -1,6 +1,6 @@
 """Gather the arguments that follow the tokens: masks, rotary tables, position ids."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.ops_align import gather_by_indexing
 from ltd_fx.tree import items_of, leaves, like
 
 
@@ -51,18 +52,30 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
         LTDError: a size is neither S nor 1, the batch does not fit, or the value is of another type.
 
     """
-    if draw is None or value is None or not entry:
-        return value
-    if draw.gathered is None:
-        return _align(draw, value, name, entry)
-    if name not in draw.gathered or draw.gathered[name][0] is not value:
-        draw.gathered[name] = (value, _align(draw, value, name, entry))
-    return draw.gathered[name][1]
+    (aligned,) = align_together(draw, (name,), (value,), (entry,))
+    return aligned
 
 
-def _align(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
+def align_together(
+    draw: Draw | None, names: Sequence[str], values: Sequence[Any], entries: Sequence[tuple[Any, ...]]
+) -> Sequence[Any]:
+    """:func:`align` for several arguments; those that carry the sequence in one dimension take one launch."""
+    if draw is None:
+        return values
+    done = {} if draw.gathered is None else draw.gathered
+    given = list(zip(names, values, entries, strict=True))
+    fresh = [(name, value, entry) for name, value, entry in given if name not in done or done[name][0] is not value]
+    found = [_tensors(draw, value, name, entry) for name, value, entry in fresh]
+    gathered = _gather(draw, [request for requests in found for request in requests])
+    for name, value, entry in fresh:
+        done[name] = (value, _fill(value, entry, gathered))
+    return [done[name][1] for name in names]
+
+
+def _tensors(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> list[tuple[Any, Aligned]]:
+    """What is to be gathered of ``value``, in order, as dimensions that are not there to broadcast."""
     if value is None or not entry:
-        return value
+        return []
     each = not isinstance(entry, Aligned) and not isinstance(entry[0], int)
     items = items_of(value)
     if items is not None:
@@ -70,10 +83,10 @@ def _align(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
             raise LTDError(
                 f"ltd_fx: {draw.site.name}: argument {name!r} has {len(items)} items, its LayerPattern {len(entry)}"
             )
-        entries: Iterable[Any] = entry if each else [entry] * len(items)
-        return like(value, [_align(draw, item, name, e or ()) for item, e in zip(items, entries, strict=True)])
-    if isinstance(value, BlockMask):
-        return _rebuild(draw, value, name)
+        pairs = zip(items, _entries(entry, len(items)), strict=True)
+        return [request for item, e in pairs for request in _tensors(draw, item, name, e or ())]
+    if isinstance(value, BlockMask):  # nothing is left to gather
+        return [(_rebuild(draw, value, name), Aligned(()))]
     if each or not isinstance(value, Tensor):
         raise LTDError(
             f"ltd_fx: {draw.site.name}: argument {name!r} is a {type(value).__name__}, and only tensors (or tuples of "
@@ -81,8 +94,23 @@ def _align(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
         )
     aligned = entry if isinstance(entry, Aligned) else Aligned(entry, None if 0 in entry else 0)
     _check(draw, value, name, aligned)
-    present = aligned._replace(dims=tuple(dim for dim in aligned.dims if value.shape[dim] != 1))
-    return _gather(_rows(draw, aligned.prefix), draw.batch, value, present) if present.dims else value
+    return [(value, aligned._replace(dims=tuple(dim for dim in aligned.dims if value.shape[dim] != 1)))]
+
+
+def _entries(entry: tuple[Any, ...], count: int) -> Iterable[Any]:
+    """Of ``count`` items: an entry each, or one for all."""
+    return [entry] * count if isinstance(entry, Aligned) or isinstance(entry[0], int) else entry
+
+
+def _fill(value: Any, entry: tuple[Any, ...] | None, gathered: list[Any]) -> Any:
+    """``value`` with what :func:`_tensors` found in it replaced by the first of ``gathered``, which it takes away."""
+    if value is None or not entry:
+        return value
+    items = items_of(value)
+    if items is None:
+        return gathered.pop(0)
+    pairs = zip(items, _entries(entry, len(items)), strict=True)
+    return like(value, [_fill(item, e, gathered) for item, e in pairs])
 
 
 def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
@@ -119,32 +147,50 @@ def _rows(draw: Draw, prefix: int) -> Tensor:
     return torch.cat([first, draw.indices + prefix], dim=1)
 
 
-def _gather(indices: Tensor, batch: int, value: Tensor, aligned: Aligned) -> Tensor:
-    count = len(aligned.dims)
-    if aligned.batch is None:  # [S, ...] to [B, k, ...], or to [k, ...] for a shared draw
-        gathered = value.movedim(aligned.dims, tuple(range(count)))[_grid(indices, count)]
-        if indices.shape[0] == 1:
-            return gathered[0].movedim(tuple(range(count)), aligned.dims)
-        gathered = gathered.movedim(tuple(range(1, count + 1)), tuple(dim + 1 for dim in aligned.dims))
-        return gathered[:, None] if aligned.per_head else gathered
-    there, here = (aligned.batch, *aligned.dims), tuple(range(count + 1))
-    moved = value.movedim(there, here)
-    if moved.shape[0] == 1:  # [1, S, ...] to as many as there are draws
-        return moved[0][_grid(indices, count)].movedim(here, there)
-    rows: slice | Tensor = slice(None)
-    if indices.shape[0] == 1:
-        indices = indices[0]
-    else:
-        # batch times heads: the heads of one sequence lie next to each other and share its draw
-        indices = indices.repeat_interleave(moved.shape[0] // batch, dim=0)
-        rows = torch.arange(moved.shape[0], device=indices.device).view(-1, *[1] * count)
-    return moved[(rows, *_grid(indices, count))].movedim(here, there)
+def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
+    """The kept rows of each; by the operators, or by indexing where they do not serve."""
+    gathered = [value for value, _ in requests]
+    # by prefix, which decides the rows: place in `requests`, value, dimension
+    together: dict[int, list[tuple[int, Tensor, int]]] = {}
+    for place, (value, aligned) in enumerate(requests):
+        if not aligned.dims:
+            continue
+        front = value[None] if aligned.batch is None else value.movedim(aligned.batch, 0)
+        dims = tuple(dim + (aligned.batch is None or dim < aligned.batch) for dim in aligned.dims)
+        rows = draw.indices.shape[0]
+        # batch times heads; and torch.func cannot differentiate an operator that has a formula for its gradient
+        served = (front.shape[0] == 1 or rows == 1 or front.shape[0] == rows) and not value.requires_grad
+        if served and len(dims) == 1:
+            together.setdefault(aligned.prefix, []).append((place, front, dims[0]))
+        elif served and len(dims) == 2 and front.ndim <= 4:
+            gathered[place] = _gather_mask(front, _rows(draw, aligned.prefix), dims)
+        else:
+            gathered[place] = gather_by_indexing(front, _rows(draw, aligned.prefix), dims)
+    for prefix, group in together.items():
+        places, values, dims = zip(*group, strict=True)
+        out = torch.ops.ltd_fx.gather_aligned(list(values), _rows(draw, prefix), list(dims))
+        for place, value in zip(places, out, strict=True):
+            gathered[place] = value
+    return [
+        _in_place(draw, value, aligned) if aligned.dims else value
+        for value, (_, aligned) in zip(gathered, requests, strict=True)
+    ]
 
 
-def _grid(indices: Tensor, count: int) -> tuple[Tensor, ...]:
-    """``indices`` ``[..., k]`` once for each of ``count`` dimensions, shaped to broadcast to ``[..., k, k]``."""
-    *batch, keep = indices.shape
-    return tuple(indices.reshape(*batch, *(keep if i == axis else 1 for i in range(count))) for axis in range(count))
+def _gather_mask(mask: Tensor, indices: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``[N, ...]`` with S in both ``dims``."""
+    moved = mask.movedim(dims, (-2, -1))
+    heads: Tensor = torch.ops.ltd_fx.gather_mask(moved if mask.ndim == 4 else moved[:, None], indices)
+    return (heads if mask.ndim == 4 else heads[:, 0]).movedim((-2, -1), dims)
+
+
+def _in_place(draw: Draw, value: Tensor, aligned: Aligned) -> Tensor:
+    """The batch from the front to where it belongs."""
+    if aligned.batch is not None:
+        return value.movedim(0, aligned.batch)
+    if draw.indices.shape[0] == 1:
+        return value[0]
+    return value[:, None] if aligned.per_head else value
 
 
 def _rebuild(draw: Draw, mask: BlockMask, name: str) -> BlockMask:
@@ -167,17 +213,15 @@ def _rebuild(draw: Draw, mask: BlockMask, name: str) -> BlockMask:
     return create_block_mask(kept, batch, heads, keep, keep, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def align_extra(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...] | None) -> Any:
-    """An argument of which the pattern may know nothing: :func:`align`, where it does.
+def align_extra(draw: Draw | None, value: Any, name: str) -> Any:
+    """An argument of which the pattern knows nothing, as it is.
 
     Raises:
-        LTDError: it does not (``entry`` is None), and a tensor in it has a dimension as long as the sequence.
+        LTDError: a tensor in it has a dimension as long as the sequence.
 
     """
     if draw is None:
         return value
-    if entry is not None:
-        return align(draw, value, name, entry)
     for item in leaves(value):
         if isinstance(item, BlockMask) or (isinstance(item, Tensor) and draw.seq_len in item.shape):
             raise LTDError(
@@ -192,9 +236,12 @@ def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[
     """All of a layer's ``**kwargs``; ``aligned`` has the entries of those that the pattern mentions.
 
     Raises:
-        LTDError: as :func:`align_extra`.
+        LTDError: as :func:`align`, and :func:`align_extra` for the others.
 
     """
     if draw is None:
         return extras
-    return {name: align_extra(draw, value, name, aligned.get(name)) for name, value in extras.items()}
+    names = [name for name in extras if name in aligned]
+    known = align_together(draw, names, [extras[name] for name in names], [aligned[name] for name in names])
+    others = {name: align_extra(draw, value, name) for name, value in extras.items() if name not in aligned}
+    return {**extras, **others, **dict(zip(names, known, strict=True))}

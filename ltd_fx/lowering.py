@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltd_fx.errors import LTDError
 from ltd_fx.ops import gather_by_indexing, scatter_by_indexing
+from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
 from ltd_fx.sampling import sample
 
 
@@ -35,6 +36,8 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "sample_tokens": _sample_in_graph,
     "gather_tokens": gather_by_indexing,
     "scatter_tokens": _scatter_in_graph,
+    "gather_aligned": aligned_by_indexing,
+    "gather_mask": mask_by_indexing,
 }
 _KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
 

@@ -27,7 +27,7 @@ lib.define("gather_tokens(Tensor hidden, Tensor indices, bool batch_first=True) 
 lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batch_first=True) -> Tensor")
 
 
-def _require(condition: Any, message: Callable[[], str]) -> None:
+def require(condition: Any, message: Callable[[], str]) -> None:
     torch._check_with(LTDError, condition, lambda: f"ltd_fx: {message()}")
 
 
@@ -36,51 +36,54 @@ def _require(condition: Any, message: Callable[[], str]) -> None:
 
 def check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
     scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
-    _require(
+    require(
         scalars,
         lambda: f"key and site must be 0-dim int64, got {key.ndim}-dim {key.dtype}, {site.ndim}-dim {site.dtype}",
     )
-    _require(batch >= 0, lambda: f"batch must not be negative, got {batch}")
-    _require(keep >= 0, lambda: f"keep must not be negative, got {keep}")
-    _require(keep <= seq_len, lambda: f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
+    require(batch >= 0, lambda: f"batch must not be negative, got {batch}")
+    require(keep >= 0, lambda: f"keep must not be negative, got {keep}")
+    require(keep <= seq_len, lambda: f"keep={keep} tokens cannot be drawn from seq_len={seq_len}")
     if rank is not None:
         fits = rank.dtype == torch.int64 and rank.ndim == 2
-        _require(fits, lambda: f"rank must be a 2-dim int64 tensor, got {rank.ndim}-dim {rank.dtype}")
+        require(fits, lambda: f"rank must be a 2-dim int64 tensor, got {rank.ndim}-dim {rank.dtype}")
         fits = rank.shape[1] == seq_len and (rank.shape[0] == 1 or rank.shape[0] == batch)
-        _require(fits, lambda: f"rank must be [{batch} or 1, {seq_len}], got {tuple(rank.shape)}")
+        require(fits, lambda: f"rank must be [{batch} or 1, {seq_len}], got {tuple(rank.shape)}")
+
+
+def check_rows(indices: Tensor) -> None:
+    integers = indices.dtype in (torch.int32, torch.int64)
+    require(integers, lambda: f"indices must be int32 or int64, got {indices.dtype}")
+    require(indices.ndim == 2, lambda: f"indices must be [B, k], got shape {tuple(indices.shape)}")
 
 
 def check_indices(hidden: Tensor, indices: Tensor, batch_first: bool) -> None:
-    _require(hidden.ndim == 3, lambda: f"hidden must have three dimensions, got shape {tuple(hidden.shape)}")
-    _require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
-    _require(
-        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
-    )
-    _require(indices.ndim == 2, lambda: f"indices must be [B, k], got shape {tuple(indices.shape)}")
+    require(hidden.ndim == 3, lambda: f"hidden must have three dimensions, got shape {tuple(hidden.shape)}")
+    require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
+    check_rows(indices)
     batch, seq_len = (hidden.shape[0], hidden.shape[1]) if batch_first else (hidden.shape[1], hidden.shape[0])
     rows, keep = indices.shape
-    _require(rows == batch, lambda: f"indices has {rows} rows, but with batch_first={batch_first} hidden has {batch}")
-    _require(keep <= seq_len, lambda: f"indices keeps {keep} tokens, but hidden has only {seq_len}")
-    _require(hidden.device == indices.device, lambda: f"hidden is on {hidden.device}, indices on {indices.device}")
+    require(rows == batch, lambda: f"indices has {rows} rows, but with batch_first={batch_first} hidden has {batch}")
+    require(keep <= seq_len, lambda: f"indices keeps {keep} tokens, but hidden has only {seq_len}")
+    require(hidden.device == indices.device, lambda: f"hidden is on {hidden.device}, indices on {indices.device}")
 
 
 def check_kept(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool) -> None:
     check_indices(hidden, indices, batch_first)
-    _require(kept.ndim == 3, lambda: f"kept must have three dimensions, got shape {tuple(kept.shape)}")
+    require(kept.ndim == 3, lambda: f"kept must have three dimensions, got shape {tuple(kept.shape)}")
     rows, keep = indices.shape
     expected = (rows, keep, hidden.shape[2]) if batch_first else (keep, rows, hidden.shape[2])
     for size, expected_size in zip(kept.shape, expected, strict=True):
-        _require(size == expected_size, lambda: f"kept must have shape {tuple(expected)}, but has {tuple(kept.shape)}")
-    _require(kept.dtype == hidden.dtype, lambda: f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
-    _require(kept.device == hidden.device, lambda: f"kept is on {kept.device}, hidden on {hidden.device}")
+        require(size == expected_size, lambda: f"kept must have shape {tuple(expected)}, but has {tuple(kept.shape)}")
+    require(kept.dtype == hidden.dtype, lambda: f"kept is {kept.dtype}, hidden is {hidden.dtype}: cast one of them")
+    require(kept.device == hidden.device, lambda: f"kept is on {kept.device}, hidden on {hidden.device}")
 
 
-def _check_values(indices: Tensor, seq_len: int) -> None:
+def check_values(indices: Tensor, seq_len: int) -> None:
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
-    _require(bool((indices[:, 1:] > indices[:, :-1]).all()), lambda: "indices must be ascending and unique in each row")
+    require(bool((indices[:, 1:] > indices[:, :-1]).all()), lambda: "indices must be ascending and unique in each row")
     low, high = int(indices[:, 0].min()), int(indices[:, -1].max())
-    _require(low >= 0 and high < seq_len, lambda: f"indices must be in [0, {seq_len}), got values from {low} to {high}")
+    require(low >= 0 and high < seq_len, lambda: f"indices must be in [0, {seq_len}), got values from {low} to {high}")
 
 
 # ---- kernels
@@ -117,7 +120,7 @@ def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
 def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
     check_indices(hidden, indices, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
-    _check_values(indices, seq_len)
+    check_values(indices, seq_len)
     if not hidden.is_contiguous():
         return gather_by_indexing(hidden, indices, batch_first).contiguous()
     rows = _flat_rows(indices, seq_len, batch_first)
@@ -129,7 +132,7 @@ def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> 
 def scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
     check_kept(hidden, indices, kept, batch_first)
     seq_len = hidden.shape[1 if batch_first else 0]
-    _check_values(indices, seq_len)
+    check_values(indices, seq_len)
     out = hidden.clone(memory_format=torch.contiguous_format)
     out.flatten(0, 1).index_copy_(0, _flat_rows(indices, seq_len, batch_first), kept.flatten(0, 1))
     return out
@@ -200,7 +203,7 @@ torch.library.register_autograd("ltd_fx::scatter_tokens", _scatter_backward, set
 # ---- vmap: the mapped dimension joins the batch
 
 
-def _to_front(value: Tensor, dim: int | None, size: int) -> Tensor:
+def to_front(value: Tensor, dim: int | None, size: int) -> Tensor:
     return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
@@ -234,7 +237,7 @@ def _sample_vmap(
         like = like.select(in_dims[2], 0)
     if rank is not None:
         dim = in_dims[6] if len(in_dims) > 6 else None
-        rank = _to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
+        rank = to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
     rows = torch.ops.ltd_fx.sample_tokens(key, site, like, size * batch, seq_len, keep, rank)
     return rows.unflatten(0, (size, batch)), 0
 
@@ -245,7 +248,7 @@ def _gather_vmap(
 ) -> tuple[Tensor, int]:
     batch_dim = 0 if batch_first else 1
     hidden, indices = (
-        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices), in_dims, strict=False)
+        to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices), in_dims, strict=False)
     )
     out = torch.ops.ltd_fx.gather_tokens(_join(hidden, batch_dim), _join(indices, 0), batch_first)
     return _part(out, batch_dim, info.batch_size), 0
@@ -257,7 +260,7 @@ def _scatter_vmap(
 ) -> tuple[Tensor, int]:
     batch_dim = 0 if batch_first else 1
     hidden, indices, kept = (
-        _to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices, kept), in_dims, strict=False)
+        to_front(value, dim, info.batch_size) for value, dim in zip((hidden, indices, kept), in_dims, strict=False)
     )
     out = torch.ops.ltd_fx.scatter_tokens(
         _join(hidden, batch_dim), _join(indices, 0), _join(kept, batch_dim), batch_first

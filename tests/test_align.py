@@ -5,9 +5,10 @@ import collections
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltd_fx import LTDError
-from ltd_fx.align import Aligned, align, align_extras
+from ltd_fx.align import Aligned, align, align_extras, align_together
 from ltd_fx.draw import Draw, Site
 from ltd_fx.state import RouteState
 
@@ -127,6 +128,58 @@ def test_gradients_go_to_the_kept_entries():
     align(draw_of(), value, "bias", (1,)).sum().backward()
     counts = torch.bincount(INDICES.flatten(), minlength=SEQ).float()
     assert torch.equal(value.grad, counts[None, :, None].expand(1, SEQ, DIM))
+
+
+class Called(TorchDispatchMode):
+    """The operators of ours that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "ltd_fx" else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_several_arguments_are_one_call():
+    tables, ids, mask = (randn(1, SEQ, DIM), randn(1, SEQ, DIM)), randn(BATCH, SEQ) > 0, randn(BATCH, HEADS, SEQ, SEQ)
+    shorter, heads = randn(1, SEQ - 1), randn(BATCH * HEADS, SEQ)
+    draw = draw_of(INDICES[1:2])._replace(protected=1)
+    entries = (1,), (1,), (2, 3), Aligned((1,), prefix=-1), (1,), ()
+    with Called() as called:
+        out = align_together(draw, "abcdef", (tables, ids, mask, shorter, heads, ids), entries)
+    assert sorted(called.names) == ["ltd_fx::gather_aligned", "ltd_fx::gather_aligned", "ltd_fx::gather_mask"]
+    kept = INDICES[1]
+    expected = [table[:, kept] for table in tables]
+    expected += [ids[:, kept], mask[..., kept[:, None], kept], shorter[:, kept[1:] - 1], heads[:, kept], ids]
+    assert all(torch.equal(*pair) for pair in zip((*out[0], *out[1:]), expected, strict=True))
+    assert type(out[0]) is tuple
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((BATCH * HEADS, SEQ), (1,)), ((BATCH, SEQ, SEQ, SEQ), (1, 2, 3))])
+def test_what_the_operators_do_not_serve_is_indexed(shape, dims):
+    with Called() as called:
+        align(draw_of(), randn(*shape), "mask", dims)
+    assert called.names == []
+
+
+def test_torch_func_differentiates_a_learnt_bias():
+    bias, rows = randn(1, HEADS, SEQ, SEQ), INDICES
+    grad = torch.func.grad(lambda bias: align(draw_of(), bias, "bias", (2, 3)).sum())(bias)
+    counts = sum(torch.zeros(SEQ, SEQ).index_put((row[:, None], row), torch.tensor(1.0)) for row in rows)
+    assert torch.equal(grad, counts.expand(1, HEADS, SEQ, SEQ))
+
+
+def test_arguments_of_a_shared_draw_are_gathered_once():
+    draw, first, second = draw_of()._replace(gathered={}), randn(BATCH, SEQ), randn(1, SEQ)
+    out = align_together(draw, ("a", "b"), (first, second), ((1,), (1,)))
+    with Called() as called:
+        again = align_together(draw, ("a", "b"), (first, second), ((1,), (1,)))
+        assert all(x is y for x, y in zip(out, again, strict=True))
+        assert called.names == []
+        assert align(draw, second.clone(), "b", (1,)) is not out[1]
+    assert called.names == ["ltd_fx::gather_aligned"]
 
 
 Rotary = collections.namedtuple("Rotary", "cos sin")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ltd_fx
-from ltd_fx import lowering, ops
+from ltd_fx import lowering, ops, ops_align
 from ltd_fx.cuda import driver
 from ltd_fx.sampling import draw_key, sample
 
@@ -22,6 +22,7 @@ DEVICE = torch.device("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 gather_tokens, scatter_tokens = torch.ops.ltd_fx.gather_tokens, torch.ops.ltd_fx.scatter_tokens
+gather_aligned, gather_mask = torch.ops.ltd_fx.gather_aligned, torch.ops.ltd_fx.gather_mask
 sample_tokens = torch.ops.ltd_fx.sample_tokens
 KEY, SITE = torch.tensor(draw_key(0, 7)), torch.tensor(3)
 if torch.cuda.is_available():
@@ -87,6 +88,24 @@ def test_rows_are_the_cpus(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
             assert torch.equal(merged, ops.scatter_by_indexing(hidden, drawn, kept, batch_first))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("sizes", [(2, 41, 17), (1, 1, 1), (3, 50, 0), (8, 2048, 1024), (70_000, 9, 4)], ids=str)
+@pytest.mark.parametrize("drawn", ["each", "shared"])
+def test_aligned_arguments_are_the_cpus(drawn: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, seq_len, keep = sizes
+    indices = draw(batch if drawn == "each" else 1, seq_len, keep)
+    shapes = [(1, seq_len, 24), (1, seq_len, 33), (batch, seq_len), (batch, 1, 1, seq_len), (batch, 2, seq_len, 3)]
+    shapes += [(n, 1, seq_len, seq_len) for n in (1, batch)]
+    high = 2 if dtype == torch.bool else 250
+    *values, one, many = (torch.randint(0, high, shape, device=DEVICE).to(dtype) for shape in shapes)
+    values, masks = values * 2, (one, many, many.transpose(2, 3))  # more than one launch takes
+    for index in (indices, indices.int()):
+        got = [*gather_aligned(values, index, [1, 1, 1, 3, 2] * 2), *(gather_mask(mask, index) for mask in masks)]
+        expected = ops_align.aligned_by_indexing(values, indices, [1, 1, 1, 3, 2] * 2)
+        expected += [ops_align.mask_by_indexing(mask, indices) for mask in masks]
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
 def test_more_than_two_gigabytes() -> None:
     hidden = torch.randint(0, 256, (3, 500_000, 2048), dtype=torch.uint8, device=DEVICE)
     indices, float8 = draw(3, 500_000, 250_000), torch.float8_e4m3fn
@@ -104,14 +123,21 @@ def test_opcheck() -> None:
     torch.library.opcheck(sample_tokens.default, (KEY, SITE, hidden, 2, 9, 4))
     torch.library.opcheck(gather_tokens.default, (hidden, indices, True))
     torch.library.opcheck(scatter_tokens.default, (hidden, indices, kept, True))
+    torch.library.opcheck(gather_aligned.default, ([hidden, hidden[:1]], indices, [1, 1]))
+    torch.library.opcheck(gather_mask.default, (torch.randn(2, 1, 9, 9, device=DEVICE, requires_grad=True), indices))
 
 
 # ---- on the right stream and device, without waiting
 
 
 def route(hidden: Tensor) -> Tensor:
-    indices = draw(hidden.shape[0], hidden.shape[1], hidden.shape[1] // 2)
-    routed: Tensor = scatter_tokens(hidden, indices, gather_tokens(hidden, indices) * 2)
+    batch, seq_len, _ = hidden.shape
+    key, site = KEY.to(hidden.device), SITE.to(hidden.device)
+    indices = sample_tokens(key, site, key, batch, seq_len, seq_len // 2)
+    (table,) = gather_aligned([hidden[:1]], indices, [1])
+    mask = gather_mask(hidden[:, None, :, :1] - hidden[:, None, None, :, 0], indices)
+    kept = gather_tokens(hidden, indices) + table + mask[:, 0].amax(2, keepdim=True)
+    routed: Tensor = scatter_tokens(hidden, indices, kept)
     return routed
 
 
@@ -149,10 +175,7 @@ def test_on_the_current_stream_and_in_a_thread() -> None:
 def test_on_the_tensors_device() -> None:
     hidden = torch.randn(4, 64, 32, device=DEVICE)
     expected, there = route(hidden), torch.device("cuda", 1)
-    key, site = KEY.to(there), SITE.to(there)
-    indices = sample_tokens(key, site, key, 4, 64, 32)
-    other = hidden.to(there)
-    routed = scatter_tokens(other, indices, gather_tokens(other, indices) * 2)
+    routed = route(hidden.to(there))
     assert routed.device == there
     assert torch.equal(routed.to(DEVICE), expected)
 

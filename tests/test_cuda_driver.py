@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from emulate import build
 
+from ltd_fx.cuda.driver import NAMES
+
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings, which comes with torch's CUDA wheels, is missing")
 
 PROGRAM = """
@@ -29,6 +31,10 @@ kept = ops.gather_tokens(hidden, indices)
 assert torch.equal(indices, right.sample_tokens(key, site, hidden, 3, 50, 20))
 assert torch.equal(kept, right.gather_tokens(hidden, indices))
 assert torch.equal(ops.scatter_tokens(hidden, indices, -kept), right.scatter_tokens(hidden, indices, -kept))
+table = ops.gather_aligned([hidden, hidden[:1].bool()], indices, [1, 1])
+assert all(map(torch.equal, table, right.gather_aligned([hidden, hidden[:1].bool()], indices, [1, 1])))
+mask = torch.randn(3, 2, 50, 50)
+assert torch.equal(ops.gather_mask(mask, indices), right.gather_mask(mask, indices))
 """
 
 
@@ -38,5 +44,5 @@ def test_operators_reach_the_driver(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, library]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["sample_tokens", "gather_rows", "merge_rows"]
+    assert done.stdout.split() == list(NAMES)
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulate import Emulated
+from emulate import ARGS, Emulated
 from torch import Tensor
 
 from ltd_fx import LTDError
@@ -23,6 +23,7 @@ from ltd_fx.sampling import sample
 KEY, SITE = torch.tensor(5), torch.tensor(1)
 HIDDEN = torch.arange(2 * 9 * 4.0).view(2, 9, 4)
 INDICES = sample(KEY, SITE, 2, 9, 4)
+MASK = torch.arange(2 * 3 * 81.0).view(2, 3, 9, 9)
 
 
 class Status(IntEnum):
@@ -65,8 +66,7 @@ class Machine:
         *dims, shared, _stream, pointers, extra = rest
         assert (shared, extra) == (0, 0)
         name = function.split()[0]
-        kind = {"sample_tokens": launch.SampleArgs, "gather_rows": launch.GatherArgs, "merge_rows": launch.MergeArgs}
-        args = kind[name].from_buffer_copy(kind[name].from_address(ctypes.c_void_p.from_address(pointers).value))
+        args = ARGS[name].from_buffer_copy(ARGS[name].from_address(ctypes.c_void_p.from_address(pointers).value))
         Emulated().launch(name, args, tuple(dims[:3]), tuple(dims[3:]))
         return ()
 
@@ -129,12 +129,16 @@ def test_launched_on_the_tensors_device_and_its_current_stream(machine: Machine)
 def results() -> list[Tensor]:
     """The operators, as the dispatcher would call them for CUDA tensors."""
     kept = ops.gather_tokens(HIDDEN, INDICES)
-    return [ops.sample_tokens(KEY, SITE, HIDDEN, 2, 9, 4), kept, ops.scatter_tokens(HIDDEN, INDICES, -kept)]
+    drawn = ops.sample_tokens(KEY, SITE, HIDDEN, 2, 9, 4)
+    aligned = ops.gather_aligned([HIDDEN, HIDDEN[:1, ..., 0]], INDICES, [1, 1])
+    return [drawn, kept, ops.scatter_tokens(HIDDEN, INDICES, -kept), *aligned, ops.gather_mask(MASK, INDICES)]
 
 
 def expected() -> list[Tensor]:
     kept = torch.ops.ltd_fx.gather_tokens(HIDDEN, INDICES)
-    return [INDICES, kept, torch.ops.ltd_fx.scatter_tokens(HIDDEN, INDICES, -kept)]
+    aligned = [kept, HIDDEN[0, :, 0][INDICES]]
+    mask = torch.stack([mask[..., row[:, None], row] for mask, row in zip(MASK, INDICES, strict=True)])
+    return [INDICES, kept, torch.ops.ltd_fx.scatter_tokens(HIDDEN, INDICES, -kept), *aligned, mask]
 
 
 def check_results() -> None:
@@ -147,7 +151,7 @@ def launches(machine: Machine) -> list[str]:
 
 def test_operators_call_the_kernels(machine: Machine) -> None:
     check_results()
-    assert launches(machine) == ["gather_rows", "sample_tokens", "merge_rows"]
+    assert launches(machine) == ["gather_rows", "sample_tokens", "gather_aligned", "merge_rows", "gather_mask"]
 
 
 def test_a_key_elsewhere_is_left_to_torch(machine: Machine) -> None:
@@ -162,6 +166,8 @@ def test_arguments_are_checked_before_a_launch(machine: Machine) -> None:
         lambda: ops.scatter_tokens(HIDDEN, INDICES, HIDDEN),
         lambda: ops.scatter_tokens(HIDDEN, INDICES, HIDDEN[:, :4].to("meta")),
         lambda: ops.sample_tokens(KEY, SITE, HIDDEN, 2, 9, 10),
+        lambda: ops.gather_aligned([HIDDEN], INDICES, [3]),
+        lambda: ops.gather_mask(MASK[..., :8], INDICES),
     ):
         with pytest.raises(LTDError):
             bad()
@@ -231,7 +237,7 @@ def test_graph_capture_loads_nothing(machine: Machine, monkeypatch: pytest.Monke
     machine.calls.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check_results()
-    assert len(launches(machine)) == 3
+    assert len(launches(machine)) == 5
     assert {call[0] for call in machine.calls} == {"cuCtxSetCurrent", "cuLaunchKernel"}
 
 

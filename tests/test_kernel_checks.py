@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from emulate import build
 
-from ltd_fx.cuda.compile import SOURCE
+from ltd_fx.cuda.compile import read_source
 
+KERNELS = read_source().decode()
 MEMORY = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = ("-O0", "-g1", "-fsanitize=thread")
 
@@ -26,10 +27,10 @@ def runs(flags: tuple[str, ...]) -> bool:
         return built.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
 
 
-def check(flags: tuple[str, ...], folder: Path, *args: str, source: Path = SOURCE) -> tuple[int, str]:
+def check(flags: tuple[str, ...], folder: Path, *args: str, kernels: str = KERNELS) -> tuple[int, str]:
     if not runs(flags):
         pytest.skip(f"g++ {' '.join(flags)} does not work here")
-    program = build("check.cpp", folder / "check", *flags, source=source)
+    program = build("check.cpp", folder / "check", *flags, kernels=kernels)
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run([program, *args], capture_output=True, text=True, timeout=300, env=env)
     return done.returncode, done.stdout + done.stderr
@@ -54,10 +55,15 @@ WRONG = {
     "keeps one token too few": ("(order(strip + i) <= last)", "(order(strip + i) < last)", "wrong: sample"),
     "takes the wrong bin": ("wanted <= before + first + second", "wanted < before + first + second", "sample"),
     "searches past the token": ("low += (before - 1) * step + 1", "low += before * step", "wrong: merge"),
+    "gathers one aligned row too many": ("if (j >= keep)", "if (j > keep)", "heap-buffer-overflow"),
+    "skips a row of the outer dimension": ("from += p.outer_stride", "from += p.row_stride", "wrong: aligned"),
+    "stores one column too many": ("if (first >= keep)", "if (first > keep)", "heap-buffer-overflow"),
+    "stores unaligned columns": ("const bool many = a.count > 1;", "const bool many = true;", "misaligned"),
+    "forgets a head": ("from += a.head_stride,", "from += 0,", "wrong: mask"),
     "merges into the next row": ("source[token] = j", "source[token] = j + 1", "heap-buffer-overflow"),
 }
 BARRIER = "__syncthreads();"
-BARRIERS = SOURCE.read_text().count(BARRIER)
+BARRIERS = KERNELS.count(BARRIER)
 # in the ordinary run
 QUICK = {"gathers one row too many", "loads unaligned vectors", 5}
 
@@ -70,20 +76,16 @@ def mutants(names: list[str] | list[int]) -> list[object]:
 @pytest.mark.parametrize("name", mutants(list(WRONG)))
 def test_a_wrong_kernel_is_caught(name: str, tmp_path: Path) -> None:
     right, wrong, seen = WRONG[name]
-    text = SOURCE.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / "kernels.cu"
-    source.write_text(text.replace(right, wrong))
-    status, output = check(MEMORY, tmp_path, "few", source=source)
+    assert KERNELS.count(right) == 1
+    status, output = check(MEMORY, tmp_path, "few", kernels=KERNELS.replace(right, wrong))
     assert status != 0
     assert seen in output
 
 
 @pytest.mark.parametrize("which", mutants(list(range(BARRIERS))))
 def test_a_missing_barrier_is_caught(which: int, tmp_path: Path) -> None:
-    parts = SOURCE.read_text().split(BARRIER)
-    source = tmp_path / "kernels.cu"
-    source.write_text(BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
-    status, output = check(RACES, tmp_path, "few", source=source)
+    parts = KERNELS.split(BARRIER)
+    kernels = BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :])
+    status, output = check(RACES, tmp_path, "few", kernels=kernels)
     assert status != 0
     assert "data race" in output or "wrong:" in output

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulate import Emulated
+from emulate import ARGS, Emulated
 from torch import Tensor
 
 from ltd_fx import ops
@@ -12,11 +12,6 @@ from ltd_fx.cuda import driver, launch
 from ltd_fx.sampling import draw_key, sample
 
 KEY, SITE = torch.tensor(-(2**40) - 7), torch.tensor(3)
-ARGS = {
-    "sample_tokens": launch.SampleArgs,
-    "gather_rows": launch.GatherArgs,
-    "merge_rows": launch.MergeArgs,
-}
 gather_tokens, scatter_tokens = torch.ops.ltd_fx.gather_tokens, torch.ops.ltd_fx.scatter_tokens
 
 

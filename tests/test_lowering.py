@@ -114,5 +114,6 @@ def test_a_whole_model_on_fake_cuda_tensors(lowering: str, monkeypatch: pytest.M
     targets = [str(node.target) for node in nodes]
     assert not {"aten._local_scalar_dense.default", "aten.item.default"} & set(targets)
     operators = [target for target in targets if target.startswith("ltd_fx.")]
-    names = ("sample", "gather", "scatter")
-    assert operators == ([f"ltd_fx.{name}_tokens.default" for name in names] if lowering == "kernel" else [])
+    # cos, sin and position ids in one launch
+    names = ("sample_tokens", "gather_aligned", "gather_mask", "gather_tokens", "scatter_tokens")
+    assert operators == ([f"ltd_fx.{name}.default" for name in names] if lowering == "kernel" else [])

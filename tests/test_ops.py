@@ -200,8 +200,8 @@ def test_one_graph_for_every_length_equals_eager(batch_first, memory):
 @pytest.fixture
 def undecomposed(monkeypatch):
     """As in a process where nothing was compiled yet and no model transformed."""
-    for op in (sample_tokens.default, gather_tokens.default, scatter_tokens.default):
-        monkeypatch.delitem(decomposition.decompositions, op, raising=False)
+    for name in lowering._DECOMPOSITIONS:
+        monkeypatch.delitem(decomposition.decompositions, getattr(torch.ops.ltd_fx, name).default, raising=False)
     decomposition.fast_random_decomps.cache_clear()
     yield
     monkeypatch.undo()

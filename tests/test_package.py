@@ -47,8 +47,8 @@ def test_the_wheel_is_pure_python_and_installs_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert all(name.endswith((".py", "py.typed", "kernels.cu")) or ".dist-info/" in name for name in names)
-    assert {"ltd_fx/py.typed", "ltd_fx/cuda/kernels.cu"} <= set(names)
+    assert all(name.endswith((".py", "py.typed", ".cu")) or ".dist-info/" in name for name in names)
+    assert {"ltd_fx/py.typed", "ltd_fx/cuda/kernels.cu", "ltd_fx/cuda/align.cu"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel]

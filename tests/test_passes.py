@@ -60,6 +60,24 @@ def test_each_pass_counts_and_leaves_a_sound_graph() -> None:
     assert [arg.name for arg in untouched.args] == ["x", "mask"]
 
 
+def test_several_arguments_of_a_call_are_gathered_together() -> None:
+    def layer(x: Tensor, mask: Tensor, table: Tensor, bias: Tensor) -> Tensor:
+        return x
+
+    graph = fx.Graph()
+    x, mask, table, bias = (graph.placeholder(name) for name in ("x", "mask", "table", "bias"))
+    graph.output(graph.call_module("layers.1", (x, mask), {"table": table, "bias": bias}))
+    aligned: Any = {"mask": (2, 3), "table": (1,), "bias": ()}
+    target = Target("layers.1", "_ltd_site_1", inspect.signature(layer), LayerPattern(hidden="x", aligned=aligned))
+    locate(graph, {"layers.1": target})
+    assert align(graph) == 2
+    (node,) = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "align_together"]
+    assert node.args[1:] == (("mask", "table"), (mask, table), ((2, 3), (1,)))
+    (call,) = [node for node in graph.nodes if node.target == "layers.1"]
+    assert [call.args[1].args, call.kwargs["table"].args] == [(node, 0), (node, 1)]
+    assert call.kwargs["bias"] is bias
+
+
 def test_locate_refuses_what_it_cannot_place() -> None:
     graph = two_calls()
     with pytest.raises(LTDError, match=r"layers\.9 is never called"):

@@ -1,4 +1,4 @@
-"""``kernels.cu`` as machine code for one architecture: NVRTC, and a folder of what it made.
+"""The kernels as machine code for one architecture: NVRTC, and a folder of what it made.
 
 NVRTC and its bindings come with torch's CUDA wheels, so a user needs neither nvcc nor a C++ compiler.
 """
@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("kernels.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cu", "align.cu"))
 OPTIONS = ("--std=c++17",)
 
 
 class CompileError(RuntimeError):
     """NVRTC refused the source; the message has its log."""
+
+
+def read_source() -> bytes:
+    """The files as one: each goes on from those before it."""
+    return b"\n".join(path.read_bytes() for path in SOURCES)
 
 
 def architecture(capability: tuple[int, int], supported: Sequence[int]) -> str:
@@ -57,7 +62,7 @@ def load_or_compile(arch: str) -> bytes:
     entry = _entry(arch)
     code = _checked(entry)
     if code is None:
-        code, _ = compile_source(SOURCE.read_bytes(), arch)
+        code, _ = compile_source(read_source(), arch)
         with contextlib.suppress(OSError):
             _write_whole(entry, hashlib.sha256(code).digest() + code)
     return code
@@ -66,7 +71,7 @@ def load_or_compile(arch: str) -> bytes:
 def _entry(arch: str) -> Path:
     from cuda.bindings import nvrtc
 
-    recipe = repr((SOURCE.read_bytes(), arch, OPTIONS, _call(nvrtc.nvrtcVersion())))
+    recipe = repr((read_source(), arch, OPTIONS, _call(nvrtc.nvrtcVersion())))
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("LTD_FX_CACHE") or os.path.join(caches, "ltd_fx")
     return Path(folder, f"{hashlib.sha256(recipe.encode()).hexdigest()}.bin")
@@ -102,7 +107,7 @@ def compile_source(source: bytes, arch: str, options: Sequence[str] = ()) -> tup
     """
     from cuda.bindings import nvrtc
 
-    program = _call(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))[0]
+    program = _call(nvrtc.nvrtcCreateProgram(source, SOURCES[0].name.encode(), 0, [], []))[0]
     try:
         flags = [flag.encode() for flag in (f"--gpu-architecture={arch}", *OPTIONS, *options)]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)

@@ -11,7 +11,7 @@ import torch
 from ltd_fx.cuda.compile import architecture, load_or_compile, supported_architectures
 from ltd_fx.errors import LTDError
 
-NAMES = ("sample_tokens", "gather_rows", "merge_rows")
+NAMES = ("sample_tokens", "gather_rows", "merge_rows", "gather_aligned", "gather_mask")
 Dim3 = tuple[int, int, int]
 
 

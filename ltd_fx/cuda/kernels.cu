@@ -1,4 +1,5 @@
-// The kernels of ltd_fx. No headers: NVRTC compiles this file at first use, and in the tests a C++ compiler does.
+// The kernels of ltd_fx; align.cu goes on. No headers: NVRTC compiles both as one file at first use, and in the tests a C++
+// compiler does.
 // Each kernel takes one struct, which launch.py mirrors. Rows are copied as bytes, so one kernel serves every dtype.
 
 typedef unsigned char byte;
@@ -124,13 +125,19 @@ extern "C" __global__ void __launch_bounds__(1024) sample_tokens(const __grid_co
 
 struct Indices {        // [batch, keep], ascending and unique in each row
     const void* data;
-    i64 batch_stride;   // in elements; the kept tokens of a row are contiguous
+    i64 batch_stride;   // in elements, 0 where one row serves all; the kept tokens of a row are contiguous
     i64 item_bytes;     // 4 or 8
     i64 batch, keep, seq_len;
 
     __device__ i64 at(i64 b, i64 j) const {
         const i64 item = b * batch_stride + j;
         return item_bytes == 8 ? ((const i64*)data)[item] : ((const int*)data)[item];
+    }
+
+    __device__ i64 token(i64 b, i64 j) const {
+        const i64 token = at(b, j);
+        if ((u64)token >= (u64)seq_len) __trap();
+        return token;
     }
 };
 
@@ -141,13 +148,13 @@ struct Rows {            // a tensor [batch, length, row], in either layout
     __device__ byte* at(i64 b, i64 row) const { return data + b * batch_stride + row * row_stride; }
 };
 
-// The threads of threadIdx.x copy a row.
+// One of `step` threads that copy a row together.
 template <class Vector>
-__device__ inline void copy_as(byte* to, const byte* from, u32 bytes) {
+__device__ inline void copy_as(byte* to, const byte* from, u32 bytes, u32 thread, u32 step) {
     Vector* __restrict__ out = (Vector*)to;
     const Vector* __restrict__ in = (const Vector*)from;
-    const u32 count = bytes / sizeof(Vector), step = blockDim.x;
-    u32 i = threadIdx.x;
+    const u32 count = bytes / sizeof(Vector);
+    u32 i = thread;
     if constexpr (sizeof(Vector) == 16) {  // four loads under way before the first store
 #pragma unroll 1
         for (; i + 3 * step < count; i += 4 * step) {
@@ -163,13 +170,13 @@ __device__ inline void copy_as(byte* to, const byte* from, u32 bytes) {
 }
 
 // `width` divides the addresses and `bytes`.
-__device__ inline void copy_row(byte* to, const byte* from, u32 bytes, u32 width) {
+__device__ inline void copy_row(byte* to, const byte* from, u32 bytes, u32 width, u32 thread, u32 step) {
     switch (width) {
-        case 16: return copy_as<uint4>(to, from, bytes);
-        case 8: return copy_as<uint2>(to, from, bytes);
-        case 4: return copy_as<u32>(to, from, bytes);
-        case 2: return copy_as<unsigned short>(to, from, bytes);
-        default: return copy_as<byte>(to, from, bytes);
+        case 16: return copy_as<uint4>(to, from, bytes, thread, step);
+        case 8: return copy_as<uint2>(to, from, bytes, thread, step);
+        case 4: return copy_as<u32>(to, from, bytes, thread, step);
+        case 2: return copy_as<unsigned short>(to, from, bytes, thread, step);
+        default: return copy_as<byte>(to, from, bytes, thread, step);
     }
 }
 
@@ -186,9 +193,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) gather_rows(const __grid_co
     const i64 j = (i64)blockIdx.x * blockDim.y + threadIdx.y;
     if (j >= a.indices.keep) return;
     for (i64 b = blockIdx.y; b < a.indices.batch; b += gridDim.y) {
-        const i64 token = a.indices.at(b, j);
-        if ((u64)token >= (u64)a.indices.seq_len) __trap();
-        copy_row(a.out.at(b, j), a.in.at(b, token), a.bytes, a.width);
+        copy_row(a.out.at(b, j), a.in.at(b, a.indices.token(b, j)), a.bytes, a.width, threadIdx.x, blockDim.x);
     }
 }
 
@@ -232,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) merge_rows(const __grid_con
         for (i64 i = threadIdx.y; i < a.tile && first + i < a.indices.seq_len; i += blockDim.y) {
             const i64 j = source[i];
             const byte* from = j < 0 ? a.rest.at(b, first + i) : a.kept.at(b, j);
-            copy_row(a.out.at(b, first + i), from, a.bytes, a.width);
+            copy_row(a.out.at(b, first + i), from, a.bytes, a.width, threadIdx.x, blockDim.x);
         }
         __syncthreads();  // the next turn writes source
     }

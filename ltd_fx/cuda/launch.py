@@ -1,6 +1,7 @@
 """Tensors to kernel arguments: addresses, strides in bytes, the widest access, grid and block.
 
-The structs mirror those of ``kernels.cu``. Arguments have been checked by the operators; every size is 64 bits wide.
+The structs mirror those of ``kernels.cu`` and ``align.cu``. Arguments have been checked by the operators; every size
+is 64 bits wide.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ltd_fx.cuda.driver import Dim3, Kernels
 from ltd_fx.errors import LTDError
+from ltd_fx.ops_align import gathered_shape
 
 THREADS = 256  # of a block, but for long rows of tokens to sample
 _MAX_GRID_Y = 65535  # the kernels loop over what is beyond
@@ -43,6 +45,27 @@ class MergeArgs(ctypes.Structure):
         ("indices", Indices),
         *((name, Rows) for name in ("rest", "kept", "out")),
         *((name, _U32) for name in ("bytes", "width", "tile")),
+    ]
+
+
+class Piece(ctypes.Structure):
+    _fields_ = [
+        *((name, _PTR) for name in ("data", "out")),
+        *((name, _I64) for name in ("batch", "outer", "batch_stride", "outer_stride", "row_stride")),
+        *((name, _U32) for name in ("bytes", "width", "threads")),
+    ]
+
+
+class AlignedArgs(ctypes.Structure):
+    _fields_ = [("indices", Indices), ("pieces", Piece * 8)]
+
+
+class MaskArgs(ctypes.Structure):
+    _fields_ = [
+        ("indices", Indices),
+        *((name, _PTR) for name in ("data", "out")),
+        *((name, _I64) for name in ("batch", "heads", "batch_stride", "head_stride", "row_stride", "column_stride")),
+        *((name, _U32) for name in ("bytes", "count")),
     ]
 
 
@@ -115,13 +138,85 @@ def merge_rows(kernels: Kernels, rest: Tensor, indices: Tensor, kept: Tensor, ba
     return out
 
 
+def gather_aligned(kernels: Kernels, values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
+    """The kept rows of several tensors, eight to a launch.
+
+    Args:
+        kernels: of the tensors' device.
+        values: ``[N, ..., S, ...]`` each, N of its own: 1, R, or anything where R is 1.
+        indices: ``[R, k]``.
+        dims: where S is in each.
+
+    Returns:
+        ``[N, ..., k, ...]`` each, with R in place of an N of 1; contiguous.
+
+    """
+    outs = [value.new_empty(gathered_shape(value, indices, (dim,))) for value, dim in zip(values, dims, strict=True)]
+    indices = _with_whole_rows(indices)
+    keep, kept = indices.shape[1], []  # copies of values must live until the launch
+    pieces = []
+    for value, dim, out in zip(values, dims, outs, strict=True):
+        if out.numel() > 0:
+            sizes = (value.shape[0], math.prod(value.shape[1:dim]), value.shape[dim], math.prod(value.shape[dim + 1 :]))
+            kept.append(_with_whole_rows(value.reshape(sizes)))
+            pieces.append(_piece(kept[-1], out))
+    for first in range(0, len(pieces), 8):
+        few = pieces[first : first + 8]
+        args = AlignedArgs(_indices(indices, values[0].shape[dims[0]]), (Piece * 8)(*few))
+        blocks = max(-(-keep // (THREADS // piece.threads)) for piece in few)
+        batch = min(max(piece.batch for piece in few), _MAX_GRID_Y)
+        kernels.launch("gather_aligned", args, (blocks, batch, len(few)), (THREADS, 1, 1))
+    return outs
+
+
+def _piece(value: Tensor, out: Tensor) -> Piece:
+    """``value`` is ``[N, outer, S, row]``."""
+    size, row_bytes, width = value.element_size(), _row_bytes(value), math.gcd(_width(value), out.data_ptr())
+    strides = (value.stride(dim) * size if value.shape[dim] > 1 else 0 for dim in range(3))
+    (threads, _, _) = _block(row_bytes // width)
+    return Piece(value.data_ptr(), out.data_ptr(), out.shape[0], value.shape[1], *strides, row_bytes, width, threads)
+
+
+def gather_mask(kernels: Kernels, mask: Tensor, indices: Tensor) -> Tensor:
+    """The kept rows and columns.
+
+    Args:
+        kernels: of the tensors' device.
+        mask: ``[N, H, S, S]``, N being 1, R, or anything where R is 1.
+        indices: ``[R, k]``.
+
+    Returns:
+        ``[N, H, k, k]``, with R in place of an N of 1; contiguous.
+
+    """
+    out = mask.new_empty(gathered_shape(mask, indices, (2, 3)))
+    if out.numel() == 0:
+        return out
+    indices = _with_whole_rows(indices)
+    (batch, heads, keep, _), size = out.shape, mask.element_size()
+    count = min(16 // size, 8)
+    if math.gcd(out.data_ptr(), keep * size) % (count * size) != 0:
+        count = 1
+    stores = -(-keep // count)
+    x = min(THREADS, 1 << (stores - 1).bit_length())
+    block = (x, THREADS // x, 1)
+    strides = (mask.stride(dim) * size if mask.shape[dim] > 1 else 0 for dim in range(4))
+    rows = _indices(indices, mask.shape[2])
+    args = MaskArgs(rows, mask.data_ptr(), out.data_ptr(), batch, heads, *strides, size, count)
+    row_blocks = -(-keep // (4 * block[1]))  # a thread finds its columns once for four rows and more
+    grid = (-(-stores // x), min(row_blocks, _MAX_GRID_Y), min(batch, _MAX_GRID_Y))
+    kernels.launch("gather_mask", args, grid, block)
+    return out
+
+
 def _with_whole_rows(value: Tensor) -> Tensor:
     """``value`` itself where its last dimension is contiguous, else a copy."""
     return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
 
 
 def _indices(indices: Tensor, seq_len: int) -> Indices:
-    return Indices(indices.data_ptr(), indices.stride(0), indices.element_size(), *indices.shape, seq_len)
+    batch_stride = indices.stride(0) if indices.shape[0] > 1 else 0
+    return Indices(indices.data_ptr(), batch_stride, indices.element_size(), *indices.shape, seq_len)
 
 
 def _rows(value: Tensor, batch_first: bool) -> Rows:
@@ -132,7 +227,7 @@ def _rows(value: Tensor, batch_first: bool) -> Rows:
 
 
 def _row_bytes(value: Tensor) -> int:
-    count: int = value.shape[2] * value.element_size()
+    count: int = value.shape[-1] * value.element_size()
     if count >= 2**31:
         raise LTDError(f"ltd_fx: a token of {count} bytes is too large for the CUDA kernels; set LTD_FX_CUDA=0")
     return count
@@ -145,8 +240,8 @@ def _width(*values: Tensor) -> int:
         for value in values
         for size in (
             value.data_ptr(),
-            *(stride * value.element_size() for stride in value.stride()[:2]),
-            value.shape[2] * value.element_size(),
+            *(stride * value.element_size() for stride in value.stride()[:-1]),
+            value.shape[-1] * value.element_size(),
         )
     )
     return math.gcd(16, *sizes)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ltd_fx import ops
+from ltd_fx import ops, ops_align
 from ltd_fx.cuda import driver, launch
 
 
@@ -35,3 +35,21 @@ def scatter_tokens(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: b
     if kernels is None:
         return ops.scatter_kernel(hidden, indices, kept, batch_first)
     return launch.merge_rows(kernels, hidden, indices, kept, batch_first)
+
+
+@torch.library.impl(ops.lib, "gather_aligned", "CUDA")
+def gather_aligned(values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
+    ops_align.check_aligned(values, indices, dims)
+    kernels = driver.kernels_on(indices.device)
+    if kernels is None:
+        return ops_align.aligned_kernel(values, indices, dims)
+    return launch.gather_aligned(kernels, values, indices, dims)
+
+
+@torch.library.impl(ops.lib, "gather_mask", "CUDA")
+def gather_mask(mask: Tensor, indices: Tensor) -> Tensor:
+    ops_align.check_mask(mask, indices)
+    kernels = driver.kernels_on(mask.device)
+    if kernels is None:
+        return ops_align.mask_kernel(mask, indices)
+    return launch.gather_mask(kernels, mask, indices)

@@ -62,7 +62,7 @@ def _check_values(call: CallSite, site: Site) -> None:
     with hidden.fake_mode if isinstance(hidden, FakeTensor) else nullcontext():
         indices = torch.arange(keep, device=hidden.device).expand(1 if state.shared else batch, keep)
         draw = Draw(site, indices, batch, seq_len, state.protected)
-        for node in call.call.all_input_nodes:
-            if node.op == "call_function" and node.args and node.args[0] is call.draw:
+        for node in call.draw.users:
+            if node not in (call.split, call.merge):
                 assert callable(node.target)
                 node.target(draw, *fx.node.map_arg(node.args[1:], lambda value: value.meta["val"]))

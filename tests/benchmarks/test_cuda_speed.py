@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ltd_fx
 from ltd_fx.lowering import register_inductor_decompositions
+from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
 from ltd_fx.sampling import draw_key
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -72,6 +73,33 @@ def test_operator(benchmark: Any, name: str, shape: tuple[int, ...]) -> None:
     }[name]
     benchmark(run)
     report(benchmark, name, seconds(run), count)
+
+
+@SHAPE
+@pytest.mark.parametrize("name", ["tables", "mask"])
+def test_aligned_arguments(benchmark: Any, name: str, shape: tuple[int, ...]) -> None:
+    """Rotary tables, position ids and a key mask together, or a dense mask; beside torch's indexing."""
+    batch, seq_len, _, keep = shape
+    indices = tensors(shape)[3]
+    tables = [torch.randn(1, seq_len, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    tables += [torch.arange(seq_len, device="cuda").expand(batch, -1), torch.ones(batch, seq_len, device="cuda") > 0]
+    mask = torch.randn(batch, 1, seq_len, seq_len, device="cuda", dtype=torch.bfloat16)
+    ours, theirs, count = {
+        "tables": (
+            lambda: ops.gather_aligned(tables, indices, [1] * 4),
+            lambda: aligned_by_indexing(tables, indices, [1] * 4),
+            batch * keep * (2 * 2 * 256 + 2 * 8 + 2),
+        ),
+        "mask": (
+            lambda: ops.gather_mask(mask, indices),
+            lambda: mask_by_indexing(mask, indices),
+            batch * keep * (seq_len + keep) * 2,
+        ),
+    }[name]
+    benchmark(ours)
+    report(benchmark, name, seconds(ours), count)
+    benchmark.extra_info["indexing"] = seconds(theirs) * 1e6
+    print(f", indexing {seconds(theirs) * 1e6:.1f} us", end="")
 
 
 def deepspeed_steps(shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""kernels.cu on the CPU: built by g++ behind ``emulate.h``, driven by the same arguments as on a GPU."""
+"""The kernels on the CPU: built by g++ behind ``emulate.h``, driven by the same arguments as on a GPU."""
 
 import ctypes
 import shutil
@@ -10,17 +10,27 @@ from typing import Any
 
 import pytest
 
-from ltd_fx.cuda.compile import SOURCE
+from ltd_fx.cuda import launch
+from ltd_fx.cuda.compile import read_source
 from ltd_fx.cuda.driver import NAMES, Dim3
 
+ARGS = {
+    "sample_tokens": launch.SampleArgs,
+    "gather_rows": launch.GatherArgs,
+    "merge_rows": launch.MergeArgs,
+    "gather_aligned": launch.AlignedArgs,
+    "gather_mask": launch.MaskArgs,
+}
 HERE = Path(__file__).parent
 
 
-def build(main: str, out: Path, *flags: str, source: Path = SOURCE) -> Path:
-    """Compile ``main`` (of this folder) with the kernels in it."""
+def build(main: str, out: Path, *flags: str, kernels: str | None = None) -> Path:
+    """Compile ``main`` (of this folder) with the kernels in it, or with others."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wno-unknown-pragmas", *flags]
+    source = out.with_suffix(".cu")
+    source.write_text(read_source().decode() if kernels is None else kernels)
     subprocess.run([*command, f'-DKERNELS="{source}"', str(HERE / main), "-o", str(out)], check=True)
     return out
 

@@ -57,16 +57,23 @@ static u32 width_of(i64 bytes, i64 offset) {
     return width;
 }
 
+// Sorted subsets, different in each row.
 template <class Index>
-static void check_rows(i64 batch, i64 seq_len, i64 keep, i64 bytes, i64 offset, bool batch_first, unsigned threads) {
-    std::vector<Index> kept_tokens(batch * keep);
-    for (i64 b = 0; b < batch; ++b) {  // sorted subsets, different in each row
+static std::vector<Index> subsets(i64 batch, i64 seq_len, i64 keep) {
+    std::vector<Index> kept(batch * keep);
+    for (i64 b = 0; b < batch; ++b) {
         std::vector<i64> tokens(seq_len);
         std::iota(tokens.begin(), tokens.end(), 0);
         std::sort(tokens.begin(), tokens.end(), [&](i64 x, i64 y) { return mix(x + 7 * b) < mix(y + 7 * b); });
         std::sort(tokens.begin(), tokens.begin() + keep);
-        std::copy(tokens.begin(), tokens.begin() + keep, kept_tokens.begin() + b * keep);
+        std::copy(tokens.begin(), tokens.begin() + keep, kept.begin() + b * keep);
     }
+    return kept;
+}
+
+template <class Index>
+static void check_rows(i64 batch, i64 seq_len, i64 keep, i64 bytes, i64 offset, bool batch_first, unsigned threads) {
+    const auto kept_tokens = subsets<Index>(batch, seq_len, keep);
     const Tensor hidden(batch, seq_len, bytes, offset, batch_first, 1), layer(batch, keep, bytes, offset, batch_first, 2);
     const Tensor kept(batch, keep, bytes, offset, batch_first, 3), merged(batch, seq_len, bytes, offset, batch_first, 4);
     const Indices indices{kept_tokens.data(), keep, sizeof(Index), batch, keep, seq_len};
@@ -90,6 +97,46 @@ static void check_rows(i64 batch, i64 seq_len, i64 keep, i64 bytes, i64 offset, 
     }
 }
 
+// Pieces of rows of `bytes` and of twice as many, two of the outer dimension each, in one launch.
+static void check_aligned(i64 batch, i64 seq_len, i64 keep, i64 bytes, u32 threads) {
+    const auto tokens = subsets<int>(batch, seq_len, keep);
+    Aligned args{{tokens.data(), keep, sizeof(int), batch, keep, seq_len}, {}};
+    std::vector<Tensor> ins, outs;
+    for (i64 i = 0; i < 2; ++i) {
+        const i64 size = bytes * (i + 1);
+        ins.emplace_back(batch * 2, seq_len, size, 0, true, 5);
+        outs.emplace_back(batch * 2, keep, size, 0, true, 6);
+        args.pieces[i] = {ins[i].data.get(), outs[i].data.get(), batch, 2, 2 * seq_len * size, seq_len * size,
+                          size, (u32)size, width_of(size, 0), threads};
+    }
+    const unsigned rows = 256 / threads, grid[] = {(unsigned)(keep + rows - 1) / rows, 1, 2}, block[] = {256, 1, 1};
+    emulate::run(grid, block, [&] { gather_aligned(args); });
+    for (i64 i = 0; i < 2; ++i)
+        for (i64 outer = 0; outer < 2 * batch; ++outer)
+            for (i64 j = 0; j < keep; ++j) {
+                const byte *out = outs[i].at(outer, j), *in = ins[i].at(outer, tokens[outer / 2 * keep + j]);
+                expect(std::equal(out, out + bytes * (i + 1), in), "aligned", seq_len, keep, bytes);
+            }
+}
+
+// [batch, 2, seq_len, seq_len] of `bytes`, `count` to a store.
+static void check_mask(i64 batch, i64 seq_len, i64 keep, u32 bytes, u32 count) {
+    const auto tokens = subsets<i64>(batch, seq_len, keep);
+    const Tensor full(batch * 2 * seq_len, seq_len, bytes, 0, true, 7), few(batch * 2 * keep, keep, bytes, 0, true, 8);
+    const i64 row = seq_len * bytes, head = seq_len * row;
+    const Mask args{{tokens.data(), keep, 8, batch, keep, seq_len}, full.data.get(), few.data.get(), batch, 2,
+                    2 * head, head, row, bytes, bytes, count};
+    const unsigned stores = (unsigned)((keep + count - 1) / count), grid[] = {(stores + 7) / 8, 2, 1}, block[] = {8, 4, 1};
+    emulate::run(grid, block, [&] { gather_mask(args); });
+    for (i64 outer = 0; outer < batch * 2; ++outer)
+        for (i64 i = 0; i < keep; ++i)
+            for (i64 j = 0; j < keep; ++j) {
+                const i64* kept = tokens.data() + outer / 2 * keep;
+                const byte *out = few.at(outer * keep + i, j), *in = full.at(outer * seq_len + kept[i], kept[j]);
+                expect(std::equal(out, out + bytes, in), "mask", seq_len, keep, bytes);
+            }
+}
+
 // A row that gather_rows must refuse to read.
 static void read_beyond() {
     const Tensor hidden(1, 4, 16, 0, true, 1), kept(1, 1, 16, 0, true, 2);
@@ -110,6 +157,9 @@ int main(int argc, char** argv) {
     check_rows<i64>(2, 700, 301, 16, 0, true, 1);
     check_rows<int>(2, 19, 7, 3584, 0, false, 32);  // a thread copies four vectors, then three
     for (i64 bytes : {2, 3, 4, 24}) check_rows<i64>(1, 19, 7, bytes, 0, true, 8);
+    for (i64 bytes : {16, 1}) check_aligned(2, 19, 7, bytes, 4);
+    for (u32 bytes : {1, 2, 4, 8, 16}) check_mask(2, 19, 7, bytes, 1);
+    for (u32 bytes : {1, 2, 4, 8}) check_mask(1, 19, 16, bytes, std::min(16 / bytes, 8u));
     if (all) {
         for (auto [seq_len, keep] : {Case{1, 1}, {37, 1}, {37, 37}, {4099, 4099}})
             for (bool ranked : {false, true}) check_sample(2, seq_len, keep, ranked, 256);
@@ -118,6 +168,10 @@ int main(int argc, char** argv) {
             check_rows<int>(2, seq_len, keep, 1, 0, false, 1);
         }
         check_rows<i64>(2, 53, 26, 4096, 0, true, 64);
+        for (i64 keep : {1, 26, 53}) {
+            for (i64 bytes : {1, 2, 3, 4, 8, 24, 48, 4096}) check_aligned(2, 53, keep, bytes, bytes < 48 ? 1 : 32);
+            for (u32 bytes : {1, 2, 4, 8, 16}) check_mask(2, 53, keep, bytes, 1);
+        }
         for (i64 offset : {1, 2, 4, 8}) check_rows<int>(2, 19, 7, 48, offset, true, 4);
     }
     if (!wrong) std::puts("all right");

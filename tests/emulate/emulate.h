@@ -1,5 +1,5 @@
-// What kernels.cu needs of CUDA, on the CPU: a block's threads are real threads, so that sanitizers see races, missing
-// barriers and bad accesses. Blocks run one after the other. Include this, then kernels.cu.
+// What the kernels need of CUDA, on the CPU: a block's threads are real threads, so that sanitizers see races, missing
+// barriers and bad accesses. Blocks run one after the other. Include this, then the kernels.
 #pragma once
 
 #include <pthread.h>

@@ -8,7 +8,7 @@
 #include <cstring>
 
 static int context, module;  // their addresses are the handles
-static const char* names[] = {"sample_tokens", "gather_rows", "merge_rows"};
+static const char* names[] = {"sample_tokens", "gather_rows", "merge_rows", "gather_aligned", "gather_mask"};
 static void* current = nullptr;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_IMAGE = 200, NOT_FOUND = 500 };
@@ -57,6 +57,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     if (which == 0) emulate::run(grid, block, [=] { sample_tokens(*(const Sample*)params[0]); });
     if (which == 1) emulate::run(grid, block, [=] { gather_rows(*(const Gather*)params[0]); });
     if (which == 2) emulate::run(grid, block, [=] { merge_rows(*(const Merge*)params[0]); });
+    if (which == 3) emulate::run(grid, block, [=] { gather_aligned(*(const Aligned*)params[0]); });
+    if (which == 4) emulate::run(grid, block, [=] { gather_mask(*(const Mask*)params[0]); });
     std::fflush(stdout);
     return SUCCESS;
 }

@@ -11,3 +11,5 @@
 EXPORT(sample_tokens, Sample)
 EXPORT(gather_rows, Gather)
 EXPORT(merge_rows, Merge)
+EXPORT(gather_aligned, Aligned)
+EXPORT(gather_mask, Mask)
