@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from toy import Encoder
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -15,21 +16,14 @@ from ltd_fx import LTDError, LTDScheduler
 SEQ = 32
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True) for _ in range(4))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for block in self.blocks:
-            hidden = block(hidden)
-        return hidden
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return Encoder(4).train()
 
 
 def routed(mesh: DeviceMesh | None = None, total_steps: int = 10, seed: int = 0) -> tuple[nn.Module, LTDScheduler]:
     scheduler = LTDScheduler(8, SEQ, total_steps)
-    return ltd_fx.transform(Encoder().train(), scheduler, device_mesh=mesh, seed=seed), scheduler
+    return ltd_fx.transform(encoder(), scheduler, device_mesh=mesh, seed=seed), scheduler
 
 
 def drawn(model: nn.Module) -> list[Any]:
@@ -131,7 +125,7 @@ def test_one_ranks_saved_state_resumes_all() -> None:
 def test_one_process_has_nothing_to_check() -> None:
     ltd_fx.check_ranks(routed()[0])
     with pytest.raises(LTDError, match="not transformed"):
-        ltd_fx.check_ranks(Encoder())
+        ltd_fx.check_ranks(encoder())
 
 
 @on_ranks(2)
