@@ -49,6 +49,16 @@ def draw_rank(mesh: DeviceMesh) -> int:
     return rank
 
 
+def gather(value: Any, mesh: DeviceMesh | None) -> list[tuple[int, Any]]:
+    """Collective: (rank, its ``value``) of all ranks of ``mesh`` (``None``: all there are), by rank."""
+    everyone = [(dist.get_rank(), value)]
+    for group in [None] if mesh is None else mesh.get_all_groups():  # along one dimension after the other
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, everyone, group)
+        everyone = [entry for entries in gathered for entry in entries]
+    return sorted(everyone, key=lambda entry: entry[0])
+
+
 def refuse_differences(values: Mapping[str, Any], mesh: DeviceMesh | None) -> None:
     """Collective: all ranks of ``mesh`` (``None``: all there are) have the same ``values``, which are plain Python.
 
@@ -56,15 +66,8 @@ def refuse_differences(values: Mapping[str, Any], mesh: DeviceMesh | None) -> No
         LTDError: on every rank, where any two differ.
 
     """
-    # Along one dimension after the other, in groups that exist; compared at the end only, so that no rank leaves early.
-    everyone: list[tuple[int, Mapping[str, Any]]] = [(dist.get_rank(), values)]
-    for group in [None] if mesh is None else mesh.get_all_groups():
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, everyone, group)
-        everyone = [entry for entries in gathered for entry in entries]
-    everyone.sort(key=lambda entry: entry[0])
-    rank, expected = everyone[0]
-    for other, theirs in everyone[1:]:
+    (rank, expected), *others = gather(values, mesh)
+    for other, theirs in others:
         for field, value in expected.items():
             if theirs.get(field) != value:
                 raise LTDError(
