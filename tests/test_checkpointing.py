@@ -76,11 +76,12 @@ ONE_FORWARD = {name for name in FORMS if name != "wrapper before" and name != "s
 
 def gradients(model: nn.Module, forwards: int, run: Any = None) -> list[dict[str, Tensor]]:
     """Of two steps, with ``forwards`` before each backward and two backwards a step."""
+    run = model if run is None else run
     scheduler, steps = model._ltd_rewrite.state.scheduler, []
     hidden = torch.randn(BATCH, SEQ, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for _ in range(2):
         for _ in range(2):
-            sum(loss_of((run or model)(hidden)) for _ in range(forwards)).backward()
+            sum(loss_of(run(hidden)) for _ in range(forwards)).backward()
         steps.append({name: p.grad for name, p in ltd_fx.clean_state_dict(dict(model.named_parameters())).items()})
         model.zero_grad()
         scheduler.step()
