@@ -64,10 +64,9 @@ def transform(
             between 0 and 1 (``None``: the scheduler's ``min_length``), and it is dense when the others are.
             Within a route, hidden states (and hooks) have the kept tokens only.
         keep: the same share for single layers, by name.
-        device_mesh: which ranks draw alike. ``None``: all of them, which is right under any parallelism, for
-            tensor-parallel ranks must keep the same tokens, and data-parallel ones may. With a mesh, ranks at different
-            places along a data-parallel dimension (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``,
-            ``replicate``, ``shard``, ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``);
+        device_mesh: which ranks draw alike. ``None``: all of them, for tensor-parallel ranks must keep the same
+            tokens, and data-parallel ones may. With a mesh, ranks at different places along a data-parallel dimension
+            (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``, ``replicate``, ``shard``, ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``);
             those along ``tp``, ``sp``, ``cp`` and their long names draw alike. A 1-D mesh without a name is
             data-parallel. Rank 0 draws as a single process does. The call is then a collective: the ranks' schedulers
             and seeds must agree (see :func:`check_ranks`).
