@@ -66,10 +66,10 @@ def transform(
         keep: the same share for single layers, by name.
         device_mesh: which ranks draw alike. ``None``: all of them, for tensor-parallel ranks must keep the same
             tokens, and data-parallel ones may. With a mesh, ranks at different places along a data-parallel dimension
-            (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``, ``replicate``, ``shard``, ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``);
-            those along ``tp``, ``sp``, ``cp`` and their long names draw alike. A 1-D mesh without a name is
-            data-parallel. Rank 0 draws as a single process does. The call is then a collective: the ranks' schedulers
-            and seeds must agree (see :func:`check_ranks`).
+            (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``, ``replicate``, ``shard``,
+            ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``); those along ``tp``, ``sp``,
+            ``cp`` and their long names draw alike. A 1-D mesh without a name is data-parallel. Rank 0
+            draws as a single process does. The call is then a collective: the ranks' schedulers and seeds must agree (see :func:`check_ranks`).
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
             are learnt from it. Without, they are learnt and proven at the first training forward, and so are routes

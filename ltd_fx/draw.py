@@ -64,9 +64,9 @@ def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
     """
     if type(hidden).__name__ == "DTensor":  # by name: its module takes as long to import as the whole of ltd_fx
         raise LTDError(
-            f"ltd_fx: {site.name}: the hidden states are a DTensor, placed {hidden.placements}; route plain tensors: "
-            "gather before the layer (PrepareModuleInput, desired_input_layouts=Replicate(), use_local_output=True), and "
-            "have sequence parallelism inside it only"
+            f"ltd_fx: {site.name}: the hidden states are a DTensor, placed {hidden.placements}; route plain ones: "
+            "gather before the layer (PrepareModuleInput, desired_input_layouts=Replicate(), use_local_output=True), "
+            "and have sequence parallelism inside it only"
         )
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         got = f"{hidden.dtype} of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
