@@ -69,7 +69,8 @@ def transform(
             (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``, ``replicate``, ``shard``,
             ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``); those along ``tp``, ``sp``,
             ``cp`` and their long names draw alike. A 1-D mesh without a name is data-parallel. Rank 0
-            draws as a single process does. The call is then a collective: the ranks' schedulers and seeds must agree (see :func:`check_ranks`).
+            draws as a single process does. The call is then a collective: the ranks' schedulers and seeds
+            must agree (see :func:`check_ranks`).
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
             are learnt from it. Without, they are learnt and proven at the first training forward, and so are routes
