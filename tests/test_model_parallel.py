@@ -68,6 +68,8 @@ def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
     assert_same(gradients(model), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="RecursionError while the backward is traced")
 @on_ranks(2)
 def test_tensor_parallel_compiled_by_layers() -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
