@@ -2,7 +2,7 @@
 
 import ltd_fx.cuda.ops  # noqa: F401 (registers the kernels; neither loads them nor touches CUDA)
 from ltd_fx.align import Aligned
-from ltd_fx.api import compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
+from ltd_fx.api import check_ranks, compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 from ltd_fx.lr import LayerTokenLR
@@ -24,6 +24,7 @@ __all__ = [
     "RewriteReport",
     "VerifyReport",
     "__version__",
+    "check_ranks",
     "clean_state_dict",
     "compile_layers",
     "is_transformed",

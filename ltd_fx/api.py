@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx import lowering, replay
 from ltd_fx.errors import LTDError
@@ -33,6 +35,7 @@ def transform(
     protect: Protect = None,
     routes: Sequence[Route] | None = None,
     keep: Mapping[str, float] | None = None,
+    device_mesh: DeviceMesh | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> Model:
     """Rewrite the middle layers of ``model``, in place, to see a random subset of the tokens in training.
@@ -50,8 +53,7 @@ def transform(
             predicate ``(name, module) -> bool``.
         skip_first: layers left dense at the start of each stack.
         skip_last: layers left dense at the end of each stack.
-        seed: of the draws, the same one for the same model in every process. Data-parallel ranks that should drop
-            different tokens need different seeds.
+        seed: of the draws.
         sampling: ``"per_sample"``, each sequence its own tokens, or ``"shared"``, one draw for the batch.
         protect: tokens that are kept first: a number of first tokens (class and register tokens), which no draw drops;
             a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
@@ -62,6 +64,13 @@ def transform(
             between 0 and 1 (``None``: the scheduler's ``min_length``), and it is dense when the others are.
             Within a route, hidden states (and hooks) have the kept tokens only.
         keep: the same share for single layers, by name.
+        device_mesh: which ranks draw alike. ``None``: all of them, for tensor-parallel ranks must keep the same
+            tokens, and data-parallel ones may. With a mesh, ranks at different places along a data-parallel dimension
+            (``dp``, ``ddp``, ``fsdp``, ``hsdp``, ``dp_replicate``, ``dp_shard``, ``replicate``, ``shard``,
+            ``data_parallel``) draw different tokens, and so do pipeline stages (``pp``); those along ``tp``, ``sp``,
+            ``cp`` and their long names draw alike. A 1-D mesh without a name is data-parallel. Rank 0
+            draws as a single process does. The call is then a collective: the ranks' schedulers and seeds
+            must agree (see :func:`check_ranks`).
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
             are learnt from it. Without, they are learnt and proven at the first training forward, and so are routes
@@ -72,7 +81,7 @@ def transform(
 
     Raises:
         LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, an argument out
-            of range; the model is untouched then.
+            of range, ranks that differ; the model is untouched then.
 
     """
     if find_rewrite_maybe(model) is not None:
@@ -95,8 +104,11 @@ def transform(
         routed=len(routed),
         dense=len(entries) - len(routed),
         shares=Counter(layer.share for layer in routed if layer.share is not None),
+        mesh=device_mesh,
     )
     state.set_protect(protect, model)
+    if device_mesh is not None:
+        state.check_ranks()
     lowering.register_inductor_decompositions()
     attach(model, routed, entries, state, example_inputs)
     return model
@@ -133,6 +145,23 @@ def compile_layers(model: Model, **options: Any) -> Model:
     for name in names:
         root.get_submodule(name).compile(**options)
     return model
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Raise on every rank unless all are at the same step of the same schedule, and so have the same reserved length.
+
+    A collective: every rank of the ``device_mesh`` that :func:`transform` was given (without one, of the default
+    process group) must call it. No forward does, for a rank that runs one alone would then wait for ever; with a mesh,
+    ``transform`` and ``LTDScheduler.load_state_dict`` do, which every rank calls anyway. What they cannot see, a rank
+    that missed ``scheduler.step()``, a call of this once in a while does; it costs one exchange of a few hundred bytes.
+
+    Raises:
+        LTDError: two ranks differ, by name; or the model is not transformed.
+
+    """
+    state = find_rewrite(model)[1].state
+    if dist.is_available() and dist.is_initialized():
+        state.check_ranks()
 
 
 def restore(model: Model) -> Model:

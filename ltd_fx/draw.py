@@ -59,9 +59,15 @@ def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
     """(B, S) of the hidden states.
 
     Raises:
-        LTDError: they are not a 3-D floating-point tensor.
+        LTDError: they are not a 3-D floating-point tensor, or they are a DTensor.
 
     """
+    if type(hidden).__name__ == "DTensor":  # by name: its module takes as long to import as the whole of ltd_fx
+        raise LTDError(
+            f"ltd_fx: {site.name}: the hidden states are a DTensor, placed {hidden.placements}; route plain ones: "
+            "gather before the layer (PrepareModuleInput, desired_input_layouts=Replicate(), use_local_output=True), "
+            "and have sequence parallelism inside it only"
+        )
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         got = f"{hidden.dtype} of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise LTDError(
@@ -75,7 +81,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     """The site's draw for ``hidden``, or ``None`` where the layer runs dense: in eval, or at full reserved length.
 
     Raises:
-        LTDError: ``hidden`` is not a 3-D floating-point tensor; ``torch.export`` in training mode; decoding
+        LTDError: ``hidden`` is not a plain 3-D floating-point tensor; ``torch.export`` in training mode; decoding
             with a key-value cache in training mode.
 
     """

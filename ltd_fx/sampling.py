@@ -27,13 +27,13 @@ _TOKEN_BITS = 30
 _HASH_AND_TOKEN_BITS = 62
 
 
-def draw_key(seed: int, step: int) -> int:
+def draw_key(seed: int, step: int, rank: int = 0) -> int:
     """The key of the first forward of ``step``, in [0, 2**62); later forwards of the step add one each.
 
-    SplitMix64's finaliser (Steele, Lea and Flood 2014) over the two words.
+    SplitMix64's finaliser (Steele, Lea and Flood 2014) over the words. ``rank`` 0 is left out: it draws as one process.
     """
     word = 0
-    for value in (seed, step):
+    for value in (seed, step, rank) if rank else (seed, step):
         word = (word + value + 0x9E3779B97F4A7C15) & (2**64 - 1)
         word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

@@ -206,8 +206,11 @@ class LTDScheduler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`. Attach the scheduler (``ltd_fx.transform``) first to resume its draws.
 
+        With a ``device_mesh`` it is a collective: every rank calls it.
+
         Raises:
-            LTDError: the state is of another configuration (the differing field is named), or malformed.
+            LTDError: the state is of another configuration (the differing field is named), or malformed; or, with a
+                ``device_mesh``, the ranks have loaded different ones.
 
         """
         expected = {"config", "step", "draws"}
@@ -231,6 +234,8 @@ class LTDScheduler:
         self.set_step(state_dict["step"])
         if draws is not None and self._state is not None:
             self._state.resume(draws)
+        if self._state is not None and self._state.mesh is not None:
+            self._state.check_ranks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LTDScheduler":
         """A scheduler at the same step that drives no model: two would contend for one model's draws."""

@@ -79,7 +79,9 @@ def routed_class(
     graph = layer_graph(signature, pattern.hidden)
     rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern, None, enters, leaves)})
     namespace = {
-        "__module__": slot_class.__module__,
+        # not the base's: below a class of torch.nn.modules, Dynamo takes every tensor's shape, and so the reserved
+        # length, to be static
+        "__module__": __name__,
         "__doc__": slot_class.__doc__,
         "_ltd_base": slot_class,
         "_ltd_graph": graph,

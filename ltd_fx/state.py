@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
 from ltd_fx.observe import describe
+from ltd_fx.ranks import draw_rank, refuse_differences
 from ltd_fx.sampling import draw_key
 
 if TYPE_CHECKING:
@@ -50,9 +52,12 @@ class RouteState:
         routed: int,
         dense: int,
         shares: Mapping[float | None, int] = MappingProxyType({}),
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.seed = seed
+        self.mesh = mesh
+        self.rank = 0 if mesh is None else draw_rank(mesh)
         self.shared = shared
         self.dense = dense
         # how many routed layers have which share of their own, or none; and the lengths that they read
@@ -107,7 +112,10 @@ class RouteState:
     def set_forward(self, forward: int) -> None:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
         # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
-        self.key = torch.full((), draw_key(self.seed, self._step) + forward, dtype=torch.int64, device=self.device)
+        self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
+
+    def _first_key(self) -> int:
+        return draw_key(self.seed, self._step, self.rank)
 
     def begin_forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root: the next key, for the forward that starts now."""
@@ -164,8 +172,11 @@ class RouteState:
     # ---- resuming
 
     def position(self) -> dict[str, int]:
-        """Where in the sequence of draws the model is: plain integers (reads the key back from its device)."""
-        return {"seed": self.seed, "forward": int(self.key) - draw_key(self.seed, self._step)}
+        """Where in the sequence of draws the model is: plain integers (reads the key back from its device).
+
+        The same on every rank, so that one of them may save it for all, whatever their number when it is loaded.
+        """
+        return {"seed": self.seed, "forward": int(self.key) - self._first_key()}
 
     def check_position(self, position: Any) -> None:
         """Raise :class:`LTDError` unless ``position`` is one of this state's."""
@@ -183,9 +194,22 @@ class RouteState:
     def resume(self, position: Mapping[str, int]) -> None:
         self.set_forward(position["forward"])
 
+    def check_ranks(self) -> None:
+        """Collective: raise :class:`LTDError` unless all ranks are at the same place of the same schedule.
+
+        Seeds may differ where no mesh was given: that is how ranks are made to draw differently by hand.
+        """
+        values: dict[str, Any] = self.position()
+        if self.mesh is None:
+            del values["seed"]
+        if self.scheduler is not None:
+            values |= {"scheduler": self.scheduler._config(), "step": self._step}
+            values["lengths"] = {share: self.scheduler.length_at(self._step, share) for share in self.shares}
+        refuse_differences(values, self.mesh)
+
     def __getstate__(self) -> dict[str, Any]:
-        """For ``torch.save(model)``: without the batch."""
-        return {**self.__dict__, "mask": None, "last": None}
+        """For ``torch.save(model)``: without the batch and the process group."""
+        return {**self.__dict__, "mask": None, "last": None, "mesh": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""

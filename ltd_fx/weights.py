@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
+from ltd_fx.ranks import gather
 
 _ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, DeepSpeed's random-LTD.
@@ -22,7 +24,8 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
     """The state under the untransformed model's keys.
 
     Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing and DeepSpeed's random-LTD
-    add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it.
+    add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay what they are:
+    a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes them.
 
     Raises:
         LTDError: two keys become the same.
@@ -42,12 +45,38 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
     Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The
     file appears whole or not at all: an existing one stays as it is until the new one is complete.
 
+    Of a sharded model (FSDP2, tensor parallel) it is a collective: every rank must call it, and the first writes whole
+    tensors, gathered one by one to its CPU. Of any other, a rank that calls it writes.
+
     Raises:
-        LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, or the path cannot be written.
+        LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, or the path cannot be written (on every rank).
 
     """
     path = Path(path)
     state = clean_state_dict(model_or_state_dict)
+    meshes = [value.device_mesh for value in state.values() if _is_sharded(value)]
+    if not meshes:
+        _save(state, path)
+        return
+    mesh = max(meshes, key=lambda mesh: mesh.size())
+    first = not any(mesh.get_coordinate() or ())
+    whole = {}
+    for name, value in state.items():
+        value = value.full_tensor() if _is_sharded(value) else value
+        if first:
+            whole[name] = value.cpu() if isinstance(value, Tensor) else value
+    error = None
+    if first:
+        try:
+            _save(whole, path)
+        except LTDError as raised:
+            error = str(raised)
+    for rank, message in gather(error, mesh):
+        if message is not None:
+            raise LTDError(f"{message} (rank {rank})")
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
     other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if _is_safetensors(path) and other is not None:
         raise LTDError(f"ltd_fx.save_clean: {other!r} is no tensor, which safetensors cannot hold; save to a .pt file")
@@ -73,7 +102,9 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
 
 
 def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load what :func:`save_clean` wrote, into a model wrapped, transformed, or neither.
+    """Load what :func:`save_clean` wrote, into a model wrapped, transformed, sharded, or none of them.
+
+    Each rank reads the file, and a sharded model takes its part of each tensor: no rank waits for another.
 
     Raises:
         LTDError: the file cannot be read, or its keys or shapes are not the model's; the model is untouched then.
@@ -89,14 +120,32 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     missing, unexpected = sorted(names.keys() - loaded.keys()), sorted(loaded.keys() - names.keys())
     if missing or unexpected:
         raise LTDError(f"ltd_fx.load_clean: {path} is of another model: missing {missing}, unexpected {unexpected}")
-    for name, value in model.state_dict().items():
+    own = model.state_dict()
+    for name, value in own.items():
         other = loaded[_strip(name)]
         if isinstance(value, Tensor) and value.shape != other.shape:
             raise LTDError(
                 f"ltd_fx.load_clean: {path} is of another model: {_strip(name)} is {tuple(other.shape)} there, "
                 f"{tuple(value.shape)} here"
             )
-    model.load_state_dict({names[name]: value for name, value in loaded.items()})
+    model.load_state_dict({name: _placed_as(value, loaded[_strip(name)]) for name, value in own.items()})
+
+
+def _placed_as(own: Any, value: Tensor) -> Tensor:
+    """``value`` sharded as ``own`` is, or as it is."""
+    if not _is_sharded(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def _is_sharded(value: Any) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # which `import torch` leaves out
+
+    return isinstance(value, DTensor)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:

@@ -142,6 +142,17 @@ def test_two_compiled_forwards_before_one_backward(llama: Case) -> None:
     assert_same(*results)
 
 
+def test_layers_of_torchs_own_compile_two_graphs() -> None:
+    scheduler = ltd_fx.LTDScheduler(4, SEQ, 10)
+    model = ltd_fx.transform(Blocks(None).train(), scheduler)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(12):
+        compiled(torch.zeros(BATCH, SEQ, 16))
+        scheduler.step()
+    assert counter.frame_count == 2
+
+
 @pytest.mark.slow
 def test_changing_batch_sizes_and_lengths_compile_no_more_than_the_plain_model(llama: Case) -> None:
     routed = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 60))

@@ -1,0 +1,117 @@
+"""DistributedDataParallel: gradients are those of one process that averages the ranks' losses, with the same draws."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SEQ, decoder, loss_of
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from toy import Encoder
+
+import ltd_fx
+from ltd_fx import LTDScheduler
+
+STEPS, FORWARDS = 2, 2
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    model = decoder("Llama", num_hidden_layers=3)().train()
+    model.config.use_cache = False
+    return model
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return Encoder().train()
+
+
+def batch(model: nn.Module, *seeds: int) -> Tensor:
+    generator = torch.Generator().manual_seed(hash(seeds))
+    if isinstance(model, Encoder):
+        return torch.randn(2, SEQ, 16, generator=generator)
+    return torch.randint(0, 64, (2, SEQ), generator=generator)
+
+
+def expected(build: Callable[[], nn.Module], world: int) -> list[dict[str, Tensor]]:
+    """The gradients of each step, of one process that draws as each rank in turn."""
+    models = [ltd_fx.transform(build(), LTDScheduler(9, SEQ, 3)) for _ in range(world)]
+    for rank, model in enumerate(models):
+        model._ltd_rewrite.state.rank = rank
+        model._ltd_rewrite.state.begin_step(0)
+    steps = []
+    for step in range(STEPS):
+        total: dict[str, Tensor] = {}
+        for rank, model in enumerate(models):
+            model.zero_grad()
+            for forward in range(FORWARDS):
+                loss_of(model(batch(model, rank, step, forward))).backward()
+            for name, p in model.named_parameters():
+                total[name] = total.get(name, 0) + p.grad / world
+            model._ltd_rewrite.state.scheduler.step()
+        steps.append(total)
+    return steps
+
+
+def assert_trains_as_expected(
+    run: Any, model: nn.Module, scheduler: LTDScheduler, build: Callable[[], nn.Module], sync: bool = False
+) -> None:
+    """``run`` is the wrapped, perhaps compiled model; ``sync`` in every backward, not in the last of each step only."""
+    rank, ddp = dist.get_rank(), getattr(run, "_orig_mod", run)
+    for step, gradients in enumerate(expected(build, dist.get_world_size())):
+        with nullcontext() if sync else ddp.no_sync():
+            loss_of(run(batch(model, rank, step, 0))).backward()
+        loss_of(run(batch(model, rank, step, 1))).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        scheduler.step()
+
+
+def routed(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
+    scheduler = LTDScheduler(9, SEQ, 3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    return ltd_fx.transform(model, scheduler, device_mesh=mesh), scheduler
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize("checkpoint", [None, False, True])
+@on_ranks(2)
+def test_ddp(checkpoint: bool | None, static_graph: bool) -> None:
+    model = llama()
+    if checkpoint is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    _, scheduler = routed(model)
+    ddp = DistributedDataParallel(model, static_graph=static_graph)
+    # with static_graph, torch 2.14's DDP asserts where its first backward is within no_sync
+    assert_trains_as_expected(ddp, model, scheduler, llama, sync=static_graph)
+    for name, value in ltd_fx.clean_state_dict(ddp).items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@on_ranks(2)
+def test_transform_after_ddp() -> None:
+    model = llama()
+    ddp = DistributedDataParallel(model)
+    _, scheduler = routed(ddp)
+    assert_trains_as_expected(ddp, model, scheduler, llama)
+
+
+COMPILED = {
+    "inside": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True)),
+    "outside": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
+    "layers": lambda model: DistributedDataParallel(ltd_fx.compile_layers(model, backend="aot_eager")),
+}
+
+
+@pytest.mark.parametrize("where", COMPILED)
+@on_ranks(2)
+def test_ddp_compiled(where: str) -> None:
+    model, scheduler = routed(encoder())
+    assert_trains_as_expected(COMPILED[where](model), model, scheduler, encoder)

@@ -1,0 +1,136 @@
+"""Tensor parallelism and pipelines: the same gradients as in one process, with the same draws."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SEQ, loss_of
+from ranks import on_ranks
+from test_ddp import batch, llama
+from test_fsdp import full
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from toy import Encoder
+
+import ltd_fx
+from ltd_fx import LTDError, LTDScheduler
+
+PLAN = {
+    **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+    "self_attn.o_proj": RowwiseParallel(),
+    **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+    "mlp.down_proj": RowwiseParallel(),
+}
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, PLAN)
+    return model
+
+
+def gradients(model: nn.Module, run: Any = None) -> list[dict[str, Tensor]]:
+    run, scheduler, steps = model if run is None else run, model._ltd_rewrite.state.scheduler, []
+    for step in range(2):
+        for forward in range(2):
+            loss_of(run(batch(model, step, forward))).backward()
+        steps.append({name: full(p.grad) for name, p in model.named_parameters()})
+        model.zero_grad()
+        scheduler.step()
+    return steps
+
+
+def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [None, False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+@on_ranks(2)
+def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    expected = gradients(ltd_fx.transform(llama(), LTDScheduler(9, SEQ, 3)))
+    model = llama()
+    if checkpoint is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    if order == "before":
+        tensor_parallel(model, mesh)
+    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)
+    if order == "after":
+        tensor_parallel(model, mesh)
+    assert_same(gradients(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="RecursionError while the backward is traced")
+@on_ranks(2)
+def test_tensor_parallel_compiled_by_layers() -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = ltd_fx.transform(llama(), LTDScheduler(9, SEQ, 3), device_mesh=mesh)
+    expected = gradients(model)
+    model._ltd_rewrite.state.scheduler.set_step(0)
+    tensor_parallel(model, mesh)
+    ltd_fx.compile_layers(model, backend="aot_eager")
+    assert_same(gradients(model), expected)
+
+
+class Sequences(Encoder):
+    """Hands its layers DTensors."""
+
+    placement: Any
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(distribute_tensor(hidden, self.mesh, [self.placement]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("placement", [Shard(1), Replicate()], ids=str)
+@on_ranks(2)
+def test_distributed_hidden_states_are_refused(placement: Any, compiled: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = Sequences().train()
+    model.mesh, model.placement = mesh, placement
+    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), skip_first=0, device_mesh=mesh)
+    run = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(LTDError, match=r"blocks.0: the hidden states are a DTensor.*PrepareModuleInput"):
+        run(torch.zeros(2, SEQ, 16))
+
+
+@pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B], ids=lambda schedule: schedule.__name__)
+@on_ranks(2)
+def test_pipeline_stages(schedule: Any) -> None:
+    """Each stage is transformed by itself; every microbatch is a forward, and draws anew."""
+    rank, microbatches = dist.get_rank(), 4
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    torch.manual_seed(0)
+    stages = [Encoder().train(), Encoder().train()]
+    alone = [Encoder().train(), Encoder().train()]
+    for number, (mine, theirs) in enumerate(zip(stages, alone, strict=True)):
+        theirs.load_state_dict(mine.state_dict())
+        ltd_fx.transform(theirs, LTDScheduler(9, SEQ, 3))
+        theirs._ltd_rewrite.state.rank = number
+        theirs._ltd_rewrite.state.begin_step(0)
+    model, scheduler = stages[rank], LTDScheduler(9, SEQ, 3)
+    ltd_fx.transform(model, scheduler, device_mesh=mesh)
+    example = torch.zeros(2, SEQ, 16, requires_grad=True)
+    stage = PipelineStage(model, rank, 2, torch.device("cpu"), input_args=(example,), output_args=(example,))
+    pipeline = schedule(stage, microbatches, loss_fn=lambda output, target: loss_of(output - target))
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        hidden, target = torch.randn(2, 2 * microbatches, SEQ, 16, generator=generator)
+        pipeline.step(*([hidden] if rank == 0 else []), **({"target": target} if rank == 1 else {}))
+        for x, y in zip(hidden.split(2), target.split(2), strict=True):
+            (loss_of(alone[1](alone[0](x)) - y) / microbatches).backward()
+        for ours, expected in zip(model.parameters(), alone[rank].parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
+        for part in (model, *alone):
+            part.zero_grad()
+            part._ltd_rewrite.state.scheduler.step()
+        ltd_fx.check_ranks(model)
