@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     },
 }
 ROUTING = ("data_efficiency", "data_routing", "random_ltd")
-_REMOVE = object()
+_REMOVE = "(removed)"
 
 
 def config_with(*path: str, value: Any = _REMOVE) -> dict[str, Any]:
