@@ -78,7 +78,7 @@ def test_equals_the_reference(key, site):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 37, 18), (1, 1, 1), (2, 5, 5), (0, 4, 2), (2, 4, 0), (2, 0, 0), (2, 70_001, 999)]
+    "sizes", [(3, 37, 18), (1, 1, 1), (2, 5, 5), (0, 4, 2), (2, 4, 0), (2, 0, 0), (2, 70_001, 999), (700, 131, 60)]
 )
 @pytest.mark.parametrize("rank_rows", [None, 1, "each"])
 def test_the_cpu_draws_as_all_devices_do(sizes, rank_rows):
