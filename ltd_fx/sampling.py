@@ -25,8 +25,6 @@ _INCREMENTS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
 # Tokens are numbered in the low bits of (hash, token); together they fit int64 with room to spare.
 _TOKEN_BITS = 30
 _HASH_AND_TOKEN_BITS = 62
-# Hashes computed at once on the CPU: their temporaries stay in its caches, and in memory that the process has touched.
-_TILE = 1 << 15
 
 
 def draw_key(seed: int, step: int, rank: int = 0) -> int:
@@ -103,12 +101,8 @@ def sample_on_cpu(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int,
     row = np.arange(rows, dtype=np.uint32)
     for words, increment in zip((row, np.zeros_like(row)), _INCREMENTS[3:], strict=True):
         lefts, rights = rights ^ _mix_in_place((lefts ^ words) + np.uint32(increment)), lefts
-    hashed = np.empty((rows, seq_len), np.uint32)
-    tile = max(_TILE // rows, 64)
-    for first in range(0, seq_len, tile):
-        words = _mix_in_place(np.arange(first, min(first + tile, seq_len), dtype=np.uint32) + lefts[:, None])
-        words ^= rights[:, None]
-        hashed[:, first : first + tile] = _mix_in_place(words)
+    hashed = np.arange(seq_len, dtype=np.uint32) + lefts[:, None]
+    hashed = _mix_in_place(np.bitwise_xor(_mix_in_place(hashed), rights[:, None], out=hashed))
     ranked: NDArray[Any] = hashed
     if rank is not None:
         ranked = hashed + ((rank.numpy() + 1).astype(np.uint64) << np.uint64(32))
