@@ -25,6 +25,14 @@ class Case:
         return self.build().train()
 
 
+def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    """Gradients by name, a dict a step."""
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
+
+
 def loss_of(output: Any) -> Tensor:
     """A scalar that every token of the output matters to."""
     if not isinstance(output, Tensor):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, SEQ, loss_of
+from conftest import BATCH, SEQ, assert_same, loss_of
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -86,13 +86,6 @@ def gradients(model: nn.Module, forwards: int, run: Any = None) -> list[dict[str
         model.zero_grad()
         scheduler.step()
     return steps
-
-
-def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

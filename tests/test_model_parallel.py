@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SEQ, loss_of
+from conftest import SEQ, assert_same, loss_of
 from ranks import on_ranks
 from test_ddp import batch, llama
 from test_fsdp import full
@@ -42,13 +42,6 @@ def gradients(model: nn.Module, run: Any = None) -> list[dict[str, Tensor]]:
         model.zero_grad()
         scheduler.step()
     return steps
-
-
-def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpoint", [None, False, True])

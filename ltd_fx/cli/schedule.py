@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from ltd_fx.errors import LTDError
 from ltd_fx.schedule import LTDScheduler
@@ -9,10 +10,10 @@ from ltd_fx.schedule import LTDScheduler
 _ROWS = 20
 
 
-def add_schedule(parser: argparse.ArgumentParser, name: str, **options: bool) -> None:
+def add_schedule(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     """The arguments of a schedule, for :func:`scheduler_of`."""
     metavar = "MIN:MAX:MULTIPLE:STEPS"
-    parser.add_argument(name, metavar=metavar, help="lengths in tokens, as in 128:2048:16:200000", **options)  # type: ignore[arg-type]
+    parser.add_argument(name, metavar=metavar, help="lengths in tokens, as in 128:2048:16:200000", **options)
     parser.add_argument("--kind", default="linear", help="linear, root, cosine, step or constant (default: linear)")
 
 
