@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.ops import gather_by_indexing, scatter_by_indexing
+from ltd_fx.ops import gather_rows, scatter_rows
 from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
+from ltd_fx.recompute import recompute_what_follows, recomputed
 from ltd_fx.sampling import sample
 
 
@@ -23,21 +24,26 @@ def _sample_in_graph(
 
 
 def _scatter_in_graph(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    if torch._C._current_graph_task_id() != -1:  # in the backward
-        from torch._inductor.inductor_prims import force_stride_order
+    recompute_what_follows()  # a layer ends here
+    return scatter_rows(hidden, indices, kept, batch_first)
 
-        # As a buffer. Inductor for the CPU fuses no scatter with a reduction, and a pre-norm layer ends its backward in
-        # the sum of all its gradients beside the norm's reductions: the scatter would read all of them a second time.
-        kept = force_stride_order(kept, kept.stride())
-    return scatter_by_indexing(hidden, indices, kept, batch_first)
+
+def _aligned_in_graph(values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
+    with recomputed():
+        return aligned_by_indexing(values, indices, dims)
+
+
+def _mask_in_graph(mask: Tensor, indices: Tensor) -> Tensor:
+    with recomputed():
+        return mask_by_indexing(mask, indices)
 
 
 _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "sample_tokens": _sample_in_graph,
-    "gather_tokens": gather_by_indexing,
+    "gather_tokens": gather_rows,
     "scatter_tokens": _scatter_in_graph,
-    "gather_aligned": aligned_by_indexing,
-    "gather_mask": mask_by_indexing,
+    "gather_aligned": _aligned_in_graph,
+    "gather_mask": _mask_in_graph,
 }
 _KERNEL_TAG = "ltd_fx: LTD_FX_LOWERING=kernel"
 

@@ -108,24 +108,11 @@ def _sample_on_cpu(
 torch.library.impl(lib, "_sample_on_cpu", "CPU")(sample_on_cpu)
 
 
-def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
-    """Row numbers of the kept tokens in ``hidden.flatten(0, 1)``: copying whole rows beats indexing elements."""
-    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
-    if batch_first:
-        return (indices + batch * seq_len).flatten()
-    return (indices * indices.shape[0] + batch).T.flatten()
-
-
 @torch.library.impl(lib, "gather_tokens", "CompositeExplicitAutograd")
 def gather_kernel(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
     check_indices(hidden, indices, batch_first)
-    seq_len = hidden.shape[1 if batch_first else 0]
-    check_values(indices, seq_len)
-    if not hidden.is_contiguous():
-        return gather_by_indexing(hidden, indices, batch_first).contiguous()
-    rows = _flat_rows(indices, seq_len, batch_first)
-    shape = indices.shape if batch_first else indices.T.shape
-    return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
+    check_values(indices, hidden.shape[1 if batch_first else 0])
+    return gather_rows(hidden, indices, batch_first)
 
 
 @torch.library.impl(lib, "scatter_tokens", "CompositeExplicitAutograd")
@@ -268,17 +255,36 @@ def _scatter_vmap(
     return _part(out, batch_dim, info.batch_size), 0
 
 
-# ---- as indexing: for any strides, and for Inductor, which fuses it with the layer's own kernels
+# ---- as indexing: for Inductor, which fuses it with the layer's own kernels, and for any strides
+
+
+def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
+    """Row numbers of the kept tokens in ``hidden.flatten(0, 1)``.
+
+    Eager, copying whole rows beats indexing elements. Inductor for the CPU fuses loops over rows and D with a norm's,
+    and none over B, k and D.
+    """
+    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
+    if batch_first:
+        return (indices + batch * seq_len).flatten()
+    return (indices * indices.shape[0] + batch).T.flatten()
+
+
+def gather_rows(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    if not hidden.is_contiguous():
+        return hidden[_positions(indices, batch_first)].contiguous()
+    rows = _flat_rows(indices, hidden.shape[1 if batch_first else 0], batch_first)
+    shape = indices.shape if batch_first else indices.T.shape
+    return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
+
+
+def scatter_rows(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
+    if not hidden.is_contiguous():
+        return hidden.index_put(_positions(indices, batch_first), kept)
+    rows = _flat_rows(indices, hidden.shape[1 if batch_first else 0], batch_first)
+    return hidden.flatten(0, 1).index_copy(0, rows, kept.flatten(0, 1)).view(hidden.shape)
 
 
 def _positions(indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
     return (batch, indices) if batch_first else (indices.T, batch.T)
-
-
-def gather_by_indexing(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
-    return hidden[_positions(indices, batch_first)]
-
-
-def scatter_by_indexing(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    return hidden.index_put(_positions(indices, batch_first), kept)

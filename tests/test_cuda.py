@@ -84,8 +84,8 @@ def test_rows_are_the_cpus(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
             gathered = gather_tokens(hidden, drawn.to(index), batch_first).view(bits)
             merged = scatter_tokens(hidden, drawn.to(index), kept, batch_first).view(bits)
             hidden, kept = hidden.view(bits), kept.view(bits)
-            assert torch.equal(gathered, ops.gather_by_indexing(hidden, drawn, batch_first))
-            assert torch.equal(merged, ops.scatter_by_indexing(hidden, drawn, kept, batch_first))
+            assert torch.equal(gathered, ops.gather_rows(hidden, drawn, batch_first))
+            assert torch.equal(merged, ops.scatter_rows(hidden, drawn, kept, batch_first))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])

@@ -102,8 +102,8 @@ def check(kernels: Emulated, sizes: tuple[int, ...], memory: str, dtype: torch.d
         merged = launch.merge_rows(kernels, hidden, indices, kept, batch_first)
         bits = INTEGERS[dtype.itemsize]  # torch indexes no float8, and compares no NaNs
         hidden, kept, gathered, merged = (value.view(bits) for value in (hidden, kept, gathered, merged))
-        assert torch.equal(gathered, ops.gather_by_indexing(hidden, indices.long(), batch_first))
-        assert torch.equal(merged, ops.scatter_by_indexing(hidden, indices.long(), kept, batch_first))
+        assert torch.equal(gathered, ops.gather_rows(hidden, indices.long(), batch_first))
+        assert torch.equal(merged, ops.scatter_rows(hidden, indices.long(), kept, batch_first))
         assert gathered.is_contiguous()
         assert merged.is_contiguous()
 

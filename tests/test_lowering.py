@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ltd_fx
 from ltd_fx import LTDError, lowering
-from ltd_fx.route import merge_tokens, split_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -58,28 +57,6 @@ def test_another_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LTDError, match="LTD_FX_LOWERING must be fuse or kernel, got 'fused'"):
         ltd_fx.transform(model)
     assert not ltd_fx.is_transformed(model)
-
-
-def test_the_backward_scatters_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the scatter fuses with in the forward, in the backward it would compute twice."""
-    monkeypatch.delenv("LTD_FX_LOWERING", raising=False)
-    lowering.register_inductor_decompositions()
-    graphs: list[set[str]] = []
-
-    def keep(graph: fx.GraphModule, _: Any) -> fx.GraphModule:
-        graphs.append({str(node.target) for node in graph.graph.nodes})
-        return graph
-
-    def layer(hidden: Tensor, indices: Tensor) -> Tensor:
-        rest, kept = split_tokens(hidden, indices, True)
-        return merge_tokens(rest, indices, kept.tanh(), True)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
-    hidden = torch.randn(2, 9, 8, requires_grad=True)
-    torch.compile(layer, backend=backend)(hidden, torch.tensor([[0, 3], [2, 8]])).sum().backward()
-    assert ["prims.inductor_force_stride_order.default" in graph for graph in graphs] == [False, True]
-    assert all(not name.startswith("ltd_fx.") for graph in graphs for name in graph)
 
 
 @pytest.mark.parametrize("lowering", [pytest.param("fuse", marks=pytest.mark.slow), "kernel"])

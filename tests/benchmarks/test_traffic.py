@@ -4,6 +4,7 @@ pytest tests/benchmarks/test_traffic.py --benchmark-only -s
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from peers import PEERS, peers_for
 from results import results
 
 SETTINGS = [Setting("llama", width=256, tokens=256), Setting("bert", width=256, tokens=256, padded=True)]
-DIRECTIONS = ("forward", "backward")
 
 
+@cache
 def per_layer(setting: Setting, name: str, how: str) -> tuple[list[float], list[float]]:
     """(elements, kernels) of one layer, forward and backward: what one between the first and the last adds."""
     found = []
@@ -36,18 +37,29 @@ def per_layer(setting: Setting, name: str, how: str) -> tuple[list[float], list[
     ]
 
 
+def beyond_ideal(setting: Setting, name: str, how: str) -> tuple[list[float], list[float]]:
+    unit = setting.batch * setting.keep * setting.width
+    (base, base_kernels), (elements, kernels) = per_layer(setting, "ideal", how), per_layer(setting, name, how)
+    return [(a - b) / unit for a, b in zip(elements, base, strict=True)], [
+        a - b for a, b in zip(kernels, base_kernels, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_at_most_four(setting: Setting) -> None:
+    """Compiled: gather and scatter, tables and masks."""
+    assert max(beyond_ideal(setting, "routed", "compiled")[0]) <= 4
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_traffic(benchmark: Any, setting: Setting, how: str) -> None:
-    unit = setting.batch * setting.keep * setting.width
-    base, base_kernels = per_layer(setting, "ideal", how)
     print(f"\n{setting}, {how}: beyond the ideal, a layer; elements in B*k*D, then kernels")
     for name in (*peers_for(setting), "shared"):
         if name in ("ideal", "dense"):
             continue
-        elements, kernels = per_layer(setting, name, how)
-        beyond = [(a - b) / unit for a, b in zip(elements, base, strict=True)]
-        more = [a - b for a, b in zip(kernels, base_kernels, strict=True)]
+        beyond, more = beyond_ideal(setting, name, how)
         row = {"setting": str(setting), "how": how, "variant": name, "elements": beyond, "kernels": more}
         results().add("traffic", row)
         print(f"{name:>12}: {beyond[0]:+.2f} forward, {beyond[1]:+.2f} backward; {more[0]:+}, {more[1]:+} kernels")
