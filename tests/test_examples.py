@@ -41,6 +41,7 @@ def test_vit_digits_learns() -> None:
     assert routed > 90
 
 
+@pytest.mark.slow
 def test_hf_trainer(tmp_path: Path) -> None:
     """Logs, a picture of them, and a model that plain transformers loads."""
     transformers = pytest.importorskip("transformers")
