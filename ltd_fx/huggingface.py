@@ -17,9 +17,8 @@ class LTDCallback(TrainerCallback, ExportableState):
     ``Trainer(model=ltd_fx.transform(model, scheduler), ..., callbacks=[LTDCallback()])``
 
     - The scheduler goes on by one step at each optimizer step, before the learning rate does (``LayerTokenLR``).
-    - Each log of the training loss also has ``ltd_reserved_length`` (tokens that the layers kept in the latest step),
-      ``ltd_layer_tokens`` (consumed so far) and ``ltd_saved`` (the share of layer tokens saved so far, against
-      ``max_length`` tokens in all layers). The trainer calls its reporting callbacks (TensorBoard, W&B) before those in
+    - Each log of the training loss also has ``ltd_reserved_length``, ``ltd_layer_tokens`` and ``ltd_saved`` (see
+      :meth:`ltd_fx.LTDScheduler.metrics`). The trainer calls its reporting callbacks (TensorBoard, W&B) before those in
       ``callbacks``: use :func:`add_callback` to have the numbers there as well.
     - Its state is in the checkpoints' ``trainer_state.json``. ``train(resume_from_checkpoint=...)`` goes on with the
       same lengths and the same draws; a checkpoint saved without this callback sets the scheduler to its step, with a
@@ -35,7 +34,6 @@ class LTDCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self._scheduler: LTDScheduler | None = None
-        self._length = 0  # of the latest step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,14 +66,13 @@ class LTDCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._scheduler is not None
-        self._length = self._scheduler.reserved_length
         self._scheduler.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" not in logs or self._scheduler is None:
             return
-        found = {"ltd_reserved_length": self._length, **_saving(self._scheduler)}
+        found = self._scheduler.metrics()
         logs.update(found)
         state.log_history[-1].update(found)  # appended by the trainer before the callbacks are called
 
@@ -83,14 +80,6 @@ class LTDCallback(TrainerCallback, ExportableState):
         """What the trainer writes into a checkpoint."""
         saved = None if self._scheduler is None else self._scheduler.state_dict()
         return {"args": {}, "attributes": {"saved": saved}}
-
-
-def _saving(scheduler: LTDScheduler) -> dict[str, float]:
-    state, consumed = scheduler._state, scheduler.consumed_layer_tokens
-    assert state is not None
-    layers = state.dense + sum(state.shares.values())
-    dense = (scheduler.global_batch_size or 1) * scheduler._step * scheduler.max_length * layers
-    return {"ltd_layer_tokens": consumed, "ltd_saved": 1 - consumed / dense}
 
 
 def add_callback(trainer: Trainer) -> LTDCallback:

@@ -169,6 +169,25 @@ class LTDScheduler:
         routed = sum(count * sums[share] for share, count in shares.items())
         return (self.global_batch_size or 1) * (routed + steps * self.max_length * dense)
 
+    def metrics(self) -> dict[str, float]:
+        """For logs, after :meth:`step`.
+
+        ``ltd_reserved_length`` is what the layers kept in the latest step, ``ltd_layer_tokens`` is consumed so far, and
+        ``ltd_saved`` is the share of layer tokens saved so far, against ``max_length`` tokens in all layers.
+
+        Raises:
+            LTDError: before the scheduler is attached to a model, or before its first step.
+
+        """
+        if self._step == 0:
+            raise LTDError("LTDScheduler: metrics() tells of the steps taken, and there are none; call step() first")
+        dense = self._layer_tokens(self._step, dict.fromkeys(self._sums, self._step * self.max_length))
+        return {
+            "ltd_reserved_length": self.length_at(self._step - 1),
+            "ltd_layer_tokens": self.consumed_layer_tokens,
+            "ltd_saved": 1 - self.consumed_layer_tokens / dense,
+        }
+
     @property
     def attached(self) -> bool:
         """Whether the scheduler drives a transformed model."""

@@ -169,6 +169,8 @@ def test_a_checkpoint_saved_without_the_callback(whole: Any, tmp_path: Path) -> 
 
 
 def test_refusals(whole: Any, tmp_path: Path) -> None:
+    with pytest.raises(LTDError, match=r"there are none; call step\(\) first"):
+        scheduler_of().metrics()
     checkpoint = str(Path(whole.args.output_dir, "checkpoint-2"))
     with pytest.raises(LTDError, match="total_steps=10, this scheduler total_steps=11"):
         trainer_of(tmp_path, scheduler_of(total_steps=11)).train(resume_from_checkpoint=checkpoint)

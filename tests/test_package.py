@@ -24,7 +24,7 @@ state = torch.random.get_rng_state()
 before = set(sys.modules)
 import ltd_fx
 heavy = {"cuda.bindings.nvrtc", "transformers", "timm", "torchvision", "deepspeed", "matplotlib", "triton"}
-heavy |= {"accelerate", "torch._dynamo", "torch._inductor"}
+heavy |= {"accelerate", "lightning", "torch._dynamo", "torch._inductor"}
 print(sorted(heavy & (set(sys.modules) - before)), torch.cuda.is_initialized())
 assert torch.equal(state, torch.random.get_rng_state())
 """
