@@ -35,7 +35,7 @@ def encoder() -> nn.Module:
 def batch(model: nn.Module, *seeds: int) -> Tensor:
     generator = torch.Generator().manual_seed(hash(seeds))
     if isinstance(model, Encoder):
-        return torch.randn(2, SEQ, 16, generator=generator)
+        return torch.randn(2, SEQ, 16, generator=generator).to(next(model.parameters()).dtype)
     return torch.randint(0, 64, (2, SEQ), generator=generator)
 
 
@@ -49,11 +49,11 @@ def expected(build: Callable[[], nn.Module], world: int) -> list[dict[str, Tenso
     for step in range(STEPS):
         total: dict[str, Tensor] = {}
         for rank, model in enumerate(models):
-            model.zero_grad()
             for forward in range(FORWARDS):
+                model.zero_grad()
                 loss_of(model(batch(model, rank, step, forward))).backward()
-            for name, p in model.named_parameters():
-                total[name] = total.get(name, 0) + p.grad / world
+                for name, p in model.named_parameters():
+                    total[name] = total.get(name, 0) + p.grad.float() / world
             model._ltd_rewrite.state.scheduler.step()
         steps.append(total)
     return steps
@@ -103,15 +103,18 @@ def test_transform_after_ddp() -> None:
     assert_trains_as_expected(ddp, model, scheduler, llama)
 
 
-COMPILED = {
-    "inside": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True)),
-    "outside": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
-    "layers": lambda model: DistributedDataParallel(ltd_fx.compile_layers(model, backend="aot_eager")),
-}
-
-
-@pytest.mark.parametrize("where", COMPILED)
+@pytest.mark.parametrize("where", ["inside", "outside", "layers"])
 @on_ranks(2)
 def test_ddp_compiled(where: str) -> None:
-    model, scheduler = routed(encoder())
-    assert_trains_as_expected(COMPILED[where](model), model, scheduler, encoder)
+    for static_graph in (False, True):  # the second time with the first one's graphs
+        model, scheduler = routed(encoder())
+        if where == "inside":
+            ddp = DistributedDataParallel(
+                torch.compile(model, backend="aot_eager", fullgraph=True), static_graph=static_graph
+            )
+        else:
+            if where == "layers":
+                ltd_fx.compile_layers(model, backend="aot_eager")
+            ddp = DistributedDataParallel(model, static_graph=static_graph)
+        run = torch.compile(ddp, backend="aot_eager") if where == "outside" else ddp
+        assert_trains_as_expected(run, model, scheduler, encoder, sync=static_graph)

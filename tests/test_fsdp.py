@@ -1,5 +1,6 @@
 """FSDP2: ``fully_shard`` before or after ``transform``, and weights in and out of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
+
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -65,27 +68,37 @@ def test_fully_shard(order: str, checkpoint: bool | None) -> None:
     assert_trains_as_expected(*sharded(model, order), llama)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+def bfloat16(build: Callable[[], nn.Module]) -> nn.Module:
+    model = build()
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize(("order", "precision"), [("before", "float32"), ("after", "float32"), ("after", "bfloat16")])
 @on_ranks(2)
-def test_fully_shard_compiled_by_layers(order: str) -> None:
-    model, scheduler = sharded(encoder(), order)
+def test_fully_shard_compiled_by_layers(order: str, precision: str) -> None:
+    build, options = (encoder, {}) if precision == "float32" else (lambda: bfloat16(encoder), {"mp_policy": BFLOAT16})
+    model, scheduler = sharded(encoder(), order, **options)
     ltd_fx.compile_layers(model, backend="aot_eager")
-    assert_trains_as_expected(model, scheduler, encoder)
+    assert_trains_as_expected(model, scheduler, build)
 
 
+@on_ranks(2)
+def test_fully_shard_compiled_whole() -> None:
+    model, scheduler = sharded(encoder())
+    assert_trains_as_expected(model, scheduler, encoder, torch.compile(model, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("checkpoint", [None, False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(2)
-def test_mixed_precision(order: str) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, _ = sharded(encoder(), order, mp_policy=policy)
-    plain = ltd_fx.transform(encoder().bfloat16(), LTDScheduler(9, SEQ, 3))
-    plain._ltd_rewrite.state.rank = dist.get_rank()
-    plain._ltd_rewrite.state.begin_step(0)
-    inputs = batch(model, dist.get_rank())
-    output = model(inputs)
-    torch.testing.assert_close(output, plain(inputs.bfloat16()), check_dtype=True)
-    output.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+def test_bfloat16(order: str, checkpoint: bool | None) -> None:
+    model = llama()
+    if checkpoint is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    assert_trains_as_expected(*sharded(model, order, mp_policy=BFLOAT16), lambda: bfloat16(llama))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @on_ranks(2)

@@ -1,5 +1,6 @@
 """Tensor parallelism and pipelines: the same gradients as in one process, with the same draws."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from ranks import on_ranks
 from test_ddp import batch, llama
 from test_fsdp import full
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import scaled_dot_product_attention
 from toy import Encoder
 
 import ltd_fx
@@ -61,17 +64,45 @@ def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
     assert_same(gradients(model), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="RecursionError while the backward is traced")
+class Rows(nn.Module):
+    """A layer whose linear modules see ``[B * S, D]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = self.norm(hidden).flatten(0, 1)
+        heads = (project(rows).view(*hidden.shape[:2], -1, 8).transpose(1, 2) for project in (self.q, self.k, self.v))
+        mixed = scaled_dot_product_attention(*heads).transpose(1, 2)
+        return hidden + self.out(mixed.flatten(2).flatten(0, 1)).view_as(hidden)
+
+
 @on_ranks(2)
-def test_tensor_parallel_compiled_by_layers() -> None:
+def test_tensor_parallel_compiled_on_rows() -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = ltd_fx.transform(llama(), LTDScheduler(9, SEQ, 3), device_mesh=mesh)
+    torch.manual_seed(0)
+    model = Encoder().train()
+    model.blocks = nn.ModuleList(Rows() for _ in range(3))
+    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), layers=Rows, device_mesh=mesh)
     expected = gradients(model)
     model._ltd_rewrite.state.scheduler.set_step(0)
-    tensor_parallel(model, mesh)
-    ltd_fx.compile_layers(model, backend="aot_eager")
+    for block in model.blocks:
+        parallelize_module(block, mesh, {**{name: ColwiseParallel() for name in "qkv"}, "out": RowwiseParallel()})
+    ltd_fx.compile_layers(model, backend="aot_eager", fullgraph=True)
     assert_same(gradients(model), expected)
+
+
+@on_ranks(2)
+def test_torch_cannot_compile_a_tensor_parallel_linear_at_a_symbolic_length() -> None:
+    """Without ltd_fx. Once this fails, tensor parallel models of any layers compile: correct docs/stacks.md."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    linear = parallelize_module(nn.Linear(16, 32), mesh, ColwiseParallel())
+    hidden = torch.randn(2, 9, 16, requires_grad=True)
+    torch._dynamo.mark_dynamic(hidden, 1)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="RecursionError"):
+        torch.compile(linear, backend="aot_eager", fullgraph=True)(hidden)
 
 
 class Sequences(Encoder):
@@ -96,9 +127,24 @@ def test_distributed_hidden_states_are_refused(placement: Any, compiled: bool) -
         run(torch.zeros(2, SEQ, 16))
 
 
-@pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B], ids=lambda schedule: schedule.__name__)
+def checkpointed(stage: Encoder) -> Encoder:
+    for i, block in enumerate(stage.blocks):
+        stage.blocks[i] = checkpoint_wrapper(block)
+    return stage
+
+
+STAGES: dict[str, Callable[[Encoder], nn.Module]] = {
+    "plain": lambda stage: stage,
+    "checkpointed": lambda stage: stage,
+    "compiled whole": lambda stage: torch.compile(stage, backend="aot_eager", fullgraph=True),
+    "compiled by layers": lambda stage: ltd_fx.compile_layers(stage, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("schedule", [Schedule1F1B, pytest.param(ScheduleGPipe, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", STAGES)
 @on_ranks(2)
-def test_pipeline_stages(schedule: Any) -> None:
+def test_pipeline_stages(schedule: Any, form: str) -> None:
     """Each stage is transformed by itself; every microbatch is a forward, and draws anew."""
     rank, microbatches = dist.get_rank(), 4
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
@@ -111,9 +157,12 @@ def test_pipeline_stages(schedule: Any) -> None:
         theirs._ltd_rewrite.state.rank = number
         theirs._ltd_rewrite.state.begin_step(0)
     model, scheduler = stages[rank], LTDScheduler(9, SEQ, 3)
+    if form == "checkpointed":
+        checkpointed(model)
     ltd_fx.transform(model, scheduler, device_mesh=mesh)
     example = torch.zeros(2, SEQ, 16, requires_grad=True)
-    stage = PipelineStage(model, rank, 2, torch.device("cpu"), input_args=(example,), output_args=(example,))
+    run = STAGES[form](model)
+    stage = PipelineStage(run, rank, 2, torch.device("cpu"), input_args=(example,), output_args=(example,))
     pipeline = schedule(stage, microbatches, loss_fn=lambda output, target: loss_of(output - target))
     for step in range(2):
         generator = torch.Generator().manual_seed(step)

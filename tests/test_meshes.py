@@ -1,0 +1,65 @@
+"""Meshes of two dimensions, on four ranks: hybrid FSDP2, and FSDP2 across tensor-parallel groups."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import SEQ, loss_of
+from ranks import on_ranks
+from test_ddp import batch, encoder, expected, llama
+from test_fsdp import full, shard
+from test_model_parallel import tensor_parallel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import ltd_fx
+from ltd_fx import LTDScheduler
+
+CHECKPOINT = [None, *(pytest.param(reentrant, marks=pytest.mark.slow) for reentrant in (False, True))]
+
+
+def assert_trains_as_expected(model: nn.Module, build: Callable[[], nn.Module], replicas: int, replica: int) -> None:
+    """``replicas`` groups of ranks have a batch each; this rank is in group ``replica``."""
+    for step, gradients in enumerate(expected(build, replicas)):
+        for forward in range(2):
+            loss_of(model(batch(model, replica, step, forward))).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(full(p.grad), gradients[name], rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        model._ltd_rewrite.state.scheduler.step()
+
+
+def routed(model: nn.Module, mesh: DeviceMesh, checkpoint: bool | None = None) -> nn.Module:
+    if checkpoint is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    return ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINT)
+@on_ranks(4)
+def test_hybrid_sharding(checkpoint: bool | None) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    model = shard(routed(llama(), mesh, checkpoint), mesh=mesh)
+    assert_trains_as_expected(model, llama, 4, torch.distributed.get_rank())
+
+
+@pytest.mark.slow
+@on_ranks(4)
+def test_hybrid_sharding_compiled_by_layers() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    model = ltd_fx.compile_layers(shard(routed(encoder(), mesh), mesh=mesh), backend="aot_eager")
+    assert_trains_as_expected(model, encoder, 4, torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINT)
+@pytest.mark.parametrize("order", ["before", "after"])
+@on_ranks(4)
+def test_fully_shard_across_tensor_parallel_groups(order: str, checkpoint: bool | None) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    model = llama()
+    if order == "after":
+        routed(model, mesh, checkpoint)
+    shard(tensor_parallel(model, mesh["tp"]), mesh=mesh["fsdp"])
+    if order == "before":
+        routed(model, mesh, checkpoint)
+    assert_trains_as_expected(model, llama, 2, mesh.get_local_rank("fsdp"))
