@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import SEQ, decoder, loss_of
 from ranks import on_ranks
+from test_checkpointing import wrap
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,18 @@ def llama() -> nn.Module:
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     return Encoder().train()
+
+
+def checkpointed_encoder() -> nn.Module:
+    return wrap(encoder())
+
+
+# above a test: also of checkpointed layers, where slow tests are run
+both_encoders = pytest.mark.parametrize("build", [encoder, pytest.param(checkpointed_encoder, marks=pytest.mark.slow)])
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return ltd_fx.clean_state_dict(dict(model.named_parameters()))
 
 
 def batch(model: nn.Module, *seeds: int) -> Tensor:
@@ -68,7 +81,7 @@ def assert_trains_as_expected(
         with nullcontext() if sync else ddp.no_sync():
             loss_of(run(batch(model, rank, step, 0))).backward()
         loss_of(run(batch(model, rank, step, 1))).backward()
-        for name, p in model.named_parameters():
+        for name, p in parameters(model).items():
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
         model.zero_grad()
         scheduler.step()
@@ -104,10 +117,11 @@ def test_transform_after_ddp() -> None:
 
 
 @pytest.mark.parametrize("where", ["inside", "outside", "layers"])
+@both_encoders
 @on_ranks(2)
-def test_ddp_compiled(where: str) -> None:
+def test_ddp_compiled(build: Callable[[], nn.Module], where: str) -> None:
     for static_graph in (False, True):  # the second time with the first one's graphs
-        model, scheduler = routed(encoder())
+        model, scheduler = routed(build())
         if where == "inside":
             ddp = DistributedDataParallel(
                 torch.compile(model, backend="aot_eager", fullgraph=True), static_graph=static_graph

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import SEQ, loss_of
 from ranks import on_ranks
-from test_ddp import batch, encoder, expected, llama
+from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -52,7 +53,7 @@ def assert_trains_as_expected(model: nn.Module, scheduler: LTDScheduler, build: 
         loss_of(run(batch(model, dist.get_rank(), step, 0))).backward()
         model.set_requires_gradient_sync(True)
         loss_of(run(batch(model, dist.get_rank(), step, 1))).backward()
-        for name, p in model.named_parameters():
+        for name, p in parameters(model).items():
             torch.testing.assert_close(full(p.grad), gradients[name], rtol=1e-4, atol=1e-5)
         model.zero_grad()
         scheduler.step()
@@ -76,18 +77,23 @@ def bfloat16(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("order", "precision"), [("before", "float32"), ("after", "float32"), ("after", "bfloat16")])
+@both_encoders
 @on_ranks(2)
-def test_fully_shard_compiled_by_layers(order: str, precision: str) -> None:
-    build, options = (encoder, {}) if precision == "float32" else (lambda: bfloat16(encoder), {"mp_policy": BFLOAT16})
-    model, scheduler = sharded(encoder(), order, **options)
+def test_fully_shard_compiled_by_layers(build: Callable[[], nn.Module], order: str, precision: str) -> None:
+    plain, options = (encoder, {}) if precision == "float32" else (lambda: bfloat16(encoder), {"mp_policy": BFLOAT16})
+    model, scheduler = sharded(build(), order, **options)
     ltd_fx.compile_layers(model, backend="aot_eager")
-    assert_trains_as_expected(model, scheduler, build)
+    assert_trains_as_expected(model, scheduler, plain)
 
 
+@both_encoders
 @on_ranks(2)
-def test_fully_shard_compiled_whole() -> None:
-    model, scheduler = sharded(encoder())
-    assert_trains_as_expected(model, scheduler, encoder, torch.compile(model, backend="aot_eager"))
+def test_fully_shard_compiled_whole(build: Callable[[], nn.Module]) -> None:
+    """Where FSDP2's hooks break the graph, into pieces that are compiled."""
+    model, scheduler = sharded(build())
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_trains_as_expected(model, scheduler, encoder, torch.compile(model, backend=counter))
+    assert counter.frame_count > 1
 
 
 @pytest.mark.parametrize("checkpoint", [None, False, True])

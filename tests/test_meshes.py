@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SEQ, loss_of
 from ranks import on_ranks
-from test_ddp import batch, encoder, expected, llama
+from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
 from test_fsdp import full, shard
 from test_model_parallel import tensor_parallel
 from torch import nn
@@ -23,7 +23,7 @@ def assert_trains_as_expected(model: nn.Module, build: Callable[[], nn.Module], 
     for step, gradients in enumerate(expected(build, replicas)):
         for forward in range(2):
             loss_of(model(batch(model, replica, step, forward))).backward()
-        for name, p in model.named_parameters():
+        for name, p in parameters(model).items():
             torch.testing.assert_close(full(p.grad), gradients[name], rtol=1e-4, atol=1e-5)
         model.zero_grad()
         model._ltd_rewrite.state.scheduler.step()
@@ -44,10 +44,11 @@ def test_hybrid_sharding(checkpoint: bool | None) -> None:
 
 
 @pytest.mark.slow
+@both_encoders
 @on_ranks(4)
-def test_hybrid_sharding_compiled_by_layers() -> None:
+def test_hybrid_sharding_compiled_by_layers(build: Callable[[], nn.Module]) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
-    model = ltd_fx.compile_layers(shard(routed(encoder(), mesh), mesh=mesh), backend="aot_eager")
+    model = ltd_fx.compile_layers(shard(routed(build(), mesh), mesh=mesh), backend="aot_eager")
     assert_trains_as_expected(model, encoder, 4, torch.distributed.get_rank())
 
 

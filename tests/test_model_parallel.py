@@ -8,19 +8,18 @@ import torch
 import torch.distributed as dist
 from conftest import SEQ, assert_same, loss_of
 from ranks import on_ranks
-from test_ddp import batch, llama
+from test_ddp import batch, both_encoders, encoder, llama
 from test_fsdp import full
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import scaled_dot_product_attention
 from toy import Encoder
 
 import ltd_fx
-from ltd_fx import LTDError, LTDScheduler
+from ltd_fx import LTDScheduler
 
 PLAN = {
     **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
@@ -79,16 +78,17 @@ class Rows(nn.Module):
         return hidden + self.out(mixed.flatten(2).flatten(0, 1)).view_as(hidden)
 
 
+@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
 @on_ranks(2)
-def test_tensor_parallel_compiled_on_rows() -> None:
+def test_tensor_parallel_compiled_on_rows(checkpoint: bool) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     torch.manual_seed(0)
-    model = Encoder().train()
-    model.blocks = nn.ModuleList(Rows() for _ in range(3))
-    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), layers=Rows, device_mesh=mesh)
+    model, blocks = Encoder().train(), [Rows() for _ in range(3)]
+    model.blocks = nn.ModuleList(checkpoint_wrapper(block) if checkpoint else block for block in blocks)
+    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)
     expected = gradients(model)
     model._ltd_rewrite.state.scheduler.set_step(0)
-    for block in model.blocks:
+    for block in blocks:
         parallelize_module(block, mesh, {**{name: ColwiseParallel() for name in "qkv"}, "out": RowwiseParallel()})
     ltd_fx.compile_layers(model, backend="aot_eager", fullgraph=True)
     assert_same(gradients(model), expected)
@@ -105,60 +105,31 @@ def test_torch_cannot_compile_a_tensor_parallel_linear_at_a_symbolic_length() ->
         torch.compile(linear, backend="aot_eager", fullgraph=True)(hidden)
 
 
-class Sequences(Encoder):
-    """Hands its layers DTensors."""
-
-    placement: Any
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(distribute_tensor(hidden, self.mesh, [self.placement]))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("placement", [Shard(1), Replicate()], ids=str)
-@on_ranks(2)
-def test_distributed_hidden_states_are_refused(placement: Any, compiled: bool) -> None:
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = Sequences().train()
-    model.mesh, model.placement = mesh, placement
-    ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), skip_first=0, device_mesh=mesh)
-    run = torch.compile(model, backend="eager") if compiled else model
-    with pytest.raises(LTDError, match=r"blocks.0: the hidden states are a DTensor.*PrepareModuleInput"):
-        run(torch.zeros(2, SEQ, 16))
-
-
-def checkpointed(stage: Encoder) -> Encoder:
-    for i, block in enumerate(stage.blocks):
-        stage.blocks[i] = checkpoint_wrapper(block)
-    return stage
-
-
-STAGES: dict[str, Callable[[Encoder], nn.Module]] = {
+STAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda stage: stage,
-    "checkpointed": lambda stage: stage,
     "compiled whole": lambda stage: torch.compile(stage, backend="aot_eager", fullgraph=True),
     "compiled by layers": lambda stage: ltd_fx.compile_layers(stage, backend="aot_eager"),
 }
 
 
 @pytest.mark.parametrize("schedule", [Schedule1F1B, pytest.param(ScheduleGPipe, marks=pytest.mark.slow)])
+@both_encoders
 @pytest.mark.parametrize("form", STAGES)
 @on_ranks(2)
-def test_pipeline_stages(schedule: Any, form: str) -> None:
+def test_pipeline_stages(schedule: Any, form: str, build: Callable[[], nn.Module]) -> None:
     """Each stage is transformed by itself; every microbatch is a forward, and draws anew."""
     rank, microbatches = dist.get_rank(), 4
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
-    torch.manual_seed(0)
-    stages = [Encoder().train(), Encoder().train()]
-    alone = [Encoder().train(), Encoder().train()]
-    for number, (mine, theirs) in enumerate(zip(stages, alone, strict=True)):
-        theirs.load_state_dict(mine.state_dict())
+    alone = [encoder(), encoder()]
+    for number, theirs in enumerate(alone):
+        for p in theirs.parameters():
+            p.data += number / 100  # a stage of its own
         ltd_fx.transform(theirs, LTDScheduler(9, SEQ, 3))
         theirs._ltd_rewrite.state.rank = number
         theirs._ltd_rewrite.state.begin_step(0)
-    model, scheduler = stages[rank], LTDScheduler(9, SEQ, 3)
-    if form == "checkpointed":
-        checkpointed(model)
+    model, scheduler = build(), LTDScheduler(9, SEQ, 3)
+    for p in model.parameters():
+        p.data += rank / 100
     ltd_fx.transform(model, scheduler, device_mesh=mesh)
     example = torch.zeros(2, SEQ, 16, requires_grad=True)
     run = STAGES[form](model)
