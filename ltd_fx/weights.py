@@ -24,9 +24,10 @@ _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """The state under the untransformed model's keys.
 
-    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing, DeepSpeed's engine and its
-    random-LTD add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay what they are:
-    a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes them.
+    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing, DeepSpeed's engine and
+    its random-LTD add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay
+    what they are: a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes
+    them.
 
     Raises:
         LTDError: two keys become the same, or ZeRO-3 holds parts of the parameters.

@@ -10,7 +10,7 @@ from conftest import BATCH, SEQ, assert_same, loss_of
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from toy import Encoder
+from toy import Encoder, Rows
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -91,6 +91,23 @@ def gradients(model: nn.Module, forwards: int, run: Any = None) -> list[dict[str
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_the_plain_runs(form: str) -> None:
     assert_same(gradients(FORMS[form](), 1), gradients(route(encoder()), 1))
+
+
+@pytest.mark.parametrize("layers", [None, r"blocks\.\d", ["blocks.1", "blocks.2"], Rows], ids=str)
+def test_wrapped_layers_of_an_unknown_class(layers: Any) -> None:
+    def model() -> Encoder:
+        torch.manual_seed(0)
+        model = Encoder(4)
+        model.blocks = nn.ModuleList(Rows() for _ in range(4))
+        return model.train()
+
+    skip = 0 if isinstance(layers, list) else 1
+    ours, plain = (
+        ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), layers=layers, skip_first=skip, skip_last=skip)
+        for model in (wrap(model()), model())
+    )
+    assert_same(gradients(ours, 1), gradients(plain, 1))
+    assert list(ltd_fx.sampled_indices(ours)) == ["blocks.1", "blocks.2"]
 
 
 @pytest.mark.parametrize("form", FORMS)

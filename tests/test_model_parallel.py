@@ -15,8 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.functional import scaled_dot_product_attention
-from toy import Encoder
+from toy import Encoder, Rows
 
 import ltd_fx
 from ltd_fx import LTDScheduler
@@ -61,21 +60,6 @@ def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
     if order == "after":
         tensor_parallel(model, mesh)
     assert_same(gradients(model), expected)
-
-
-class Rows(nn.Module):
-    """A layer whose linear modules see ``[B * S, D]``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        rows = self.norm(hidden).flatten(0, 1)
-        heads = (project(rows).view(*hidden.shape[:2], -1, 8).transpose(1, 2) for project in (self.q, self.k, self.v))
-        mixed = scaled_dot_product_attention(*heads).transpose(1, 2)
-        return hidden + self.out(mixed.flatten(2).flatten(0, 1)).view_as(hidden)
 
 
 @pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
