@@ -51,7 +51,8 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
     stacks: dict[str, list[Layer]] = {}
     for name in find_layers(model, layers):
         slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
-        module = modules.get(f"{slot}.{_CHECKPOINT_WRAPPER}", modules[slot])
+        inner = f"{slot}.{_CHECKPOINT_WRAPPER}"
+        module = modules[inner if inner in modules else slot]
         stack = slot.rpartition(".")[0]
         stacks.setdefault(stack, []).append(Layer(slot, modules[slot], module, find_pattern_maybe(module)))
     return list(stacks.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, SEQ, assert_same, loss_of
+from conftest import BATCH, SEQ, assert_same, decoder, loss_of, text
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -128,7 +128,28 @@ def test_compiled(form: str, forwards: int) -> None:
     assert_same(gradients(model, forwards, compiled), gradients(route(encoder()), forwards))
 
 
-@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("where", ["whole", "layers"])
+@pytest.mark.slow
+def test_transformers_own_compiled(where: str) -> None:
+    each = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = route(decoder("Llama", use_cache=False)())
+        run = model
+        if compiled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            run = (ltd_fx.compile_layers if where == "layers" else torch.compile)(model, backend="aot_eager")
+        steps = []
+        for _ in range(2):
+            sum(loss_of(run(**text())) for _ in range(2)).backward()
+            steps.append({name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+            model._ltd_rewrite.state.scheduler.step()
+        each.append(steps)
+    assert_same(*each)
+
+
+@pytest.mark.parametrize("forwards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_memory_budget(forwards: int) -> None:
     model = route(encoder())
     with torch._functorch.config.patch(activation_memory_budget=0.3):

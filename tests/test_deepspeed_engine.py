@@ -1,5 +1,6 @@
 """DeepSpeed's engine on the CPU, with every ZeRO stage: gradients as of one process, and a resumed run."""
 
+import itertools
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,13 +33,15 @@ def deepspeed() -> Any:
 
 
 class Run:
-    def __init__(self, stage: int, lr: float, checkpoint: bool = False) -> None:
+    def __init__(self, stage: int, lr: float, checkpoint: bool = False, compiled: bool = False) -> None:
         self.scheduler = LTDScheduler(9, SEQ, 3)
         model = llama()
         if checkpoint:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
         ltd_fx.transform(model, self.scheduler, device_mesh=mesh)
+        if compiled:
+            ltd_fx.compile_layers(model, backend="aot_eager")
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": FORWARDS,
@@ -54,22 +57,25 @@ class Run:
 
         losses, gradients = [], {}
         for forward in range(FORWARDS):
+            boundary = self.engine.is_gradient_accumulation_boundary()
+            assert boundary == (forward == FORWARDS - 1)
             loss = loss_of(self.engine(batch(self.engine, dist.get_rank(), number, forward)))
             self.engine.backward(loss)
             losses.append(loss.item())
-            if forward == FORWARDS - 1:
+            if boundary:
                 for name, p in self.engine.module.named_parameters():
                     gradients[name] = safe_get_full_grad(p) * FORWARDS
             self.engine.step()
-        self.scheduler.step()
+            if boundary:
+                self.scheduler.step()
         return losses, gradients
 
 
-@on_ranks(2, seconds=300)
+@on_ranks(2, seconds=900)
 def test_every_zero_stage(tmp_path: Path) -> None:
     for stage in range(4):  # of one process group: DeepSpeed keeps the first
-        for checkpoint in (False, True):
-            run = Run(stage, 0.0, checkpoint)
+        for checkpoint, compiled in itertools.product((False, True), repeat=2):
+            run = Run(stage, 0.0, checkpoint, compiled)
             for number, gradients in enumerate(expected(llama, 2)):
                 for name, value in run.step(number)[1].items():
                     torch.testing.assert_close(value, gradients[name], rtol=1e-4, atol=1e-5)

@@ -76,7 +76,14 @@ def bfloat16(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("order", "precision"), [("before", "float32"), ("after", "float32"), ("after", "bfloat16")])
+@pytest.mark.parametrize(
+    ("order", "precision"),
+    [
+        ("after", "float32"),
+        pytest.param("before", "float32", marks=pytest.mark.slow),
+        pytest.param("after", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 @both_encoders
 @on_ranks(2)
 def test_fully_shard_compiled_by_layers(build: Callable[[], nn.Module], order: str, precision: str) -> None:
@@ -86,6 +93,7 @@ def test_fully_shard_compiled_by_layers(build: Callable[[], nn.Module], order: s
     assert_trains_as_expected(model, scheduler, plain)
 
 
+@pytest.mark.slow
 @both_encoders
 @on_ranks(2)
 def test_fully_shard_compiled_whole(build: Callable[[], nn.Module]) -> None:

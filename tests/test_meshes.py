@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import SEQ, loss_of
 from ranks import on_ranks
+from test_checkpointing import wrap
 from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
 from test_fsdp import full, shard
-from test_model_parallel import tensor_parallel
+from test_model_parallel import ROWS_PLAN, tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from toy import Encoder, Rows
 
 import ltd_fx
 from ltd_fx import LTDScheduler
@@ -64,3 +67,28 @@ def test_fully_shard_across_tensor_parallel_groups(order: str, checkpoint: bool 
     if order == "before":
         routed(model, mesh, checkpoint)
     assert_trains_as_expected(model, llama, 2, mesh.get_local_rank("fsdp"))
+
+
+def rows_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    model = Encoder()
+    model.blocks = nn.ModuleList(Rows() for _ in range(3))
+    return model.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [False, True])
+@on_ranks(4)
+def test_fully_shard_across_tensor_parallel_groups_compiled_on_rows(checkpoint: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    model = rows_encoder()
+    if checkpoint:
+        wrap(model)
+    routed(model, mesh)(batch(model))  # learns the layers
+    model._ltd_rewrite.state.begin_step(0)
+    for block in model.modules():
+        if isinstance(block, Rows):
+            parallelize_module(block, mesh["tp"], ROWS_PLAN)
+    shard(model, mesh=mesh["fsdp"])
+    ltd_fx.compile_layers(model, backend="aot_eager")
+    assert_trains_as_expected(model, rows_encoder, 2, mesh.get_local_rank("fsdp"))

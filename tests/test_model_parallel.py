@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from toy import Encoder, Rows
 
 import ltd_fx
-from ltd_fx import LTDScheduler
+from ltd_fx import LTDError, LTDScheduler
 
 PLAN = {
     **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
@@ -26,6 +26,7 @@ PLAN = {
     **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
     "mlp.down_proj": RowwiseParallel(),
 }
+ROWS_PLAN = {**{name: ColwiseParallel() for name in "qkv"}, "out": RowwiseParallel()}
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -73,7 +74,7 @@ def test_tensor_parallel_compiled_on_rows(checkpoint: bool) -> None:
     expected = gradients(model)
     model._ltd_rewrite.state.scheduler.set_step(0)
     for block in blocks:
-        parallelize_module(block, mesh, {**{name: ColwiseParallel() for name in "qkv"}, "out": RowwiseParallel()})
+        parallelize_module(block, mesh, ROWS_PLAN)
     ltd_fx.compile_layers(model, backend="aot_eager", fullgraph=True)
     assert_same(gradients(model), expected)
 
@@ -89,18 +90,25 @@ def test_torch_cannot_compile_a_tensor_parallel_linear_at_a_symbolic_length() ->
         torch.compile(linear, backend="aot_eager", fullgraph=True)(hidden)
 
 
-STAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+def pipelined(stage: nn.Module, schedule: Any, microbatches: int) -> Any:
+    example = torch.zeros(2, SEQ, 16, requires_grad=True)
+    place = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    stage = PipelineStage(stage, *place, input_args=(example,), output_args=(example,))
+    return schedule(stage, microbatches, loss_fn=lambda output, target: loss_of(output - target))
+
+
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda stage: stage,
-    "compiled whole": lambda stage: torch.compile(stage, backend="aot_eager", fullgraph=True),
-    "compiled by layers": lambda stage: ltd_fx.compile_layers(stage, backend="aot_eager"),
+    "whole": lambda stage: torch.compile(stage, backend="aot_eager", fullgraph=True),
+    "by layers": lambda stage: ltd_fx.compile_layers(stage, backend="aot_eager"),
 }
 
 
 @pytest.mark.parametrize("schedule", [Schedule1F1B, pytest.param(ScheduleGPipe, marks=pytest.mark.slow)])
 @both_encoders
-@pytest.mark.parametrize("form", STAGES)
+@pytest.mark.parametrize("compiled", ["plain", "by layers", pytest.param("whole", marks=pytest.mark.slow)])
 @on_ranks(2)
-def test_pipeline_stages(schedule: Any, form: str, build: Callable[[], nn.Module]) -> None:
+def test_pipeline_stages(schedule: Any, compiled: str, build: Callable[[], nn.Module]) -> None:
     """Each stage is transformed by itself; every microbatch is a forward, and draws anew."""
     rank, microbatches = dist.get_rank(), 4
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
@@ -116,7 +124,7 @@ def test_pipeline_stages(schedule: Any, form: str, build: Callable[[], nn.Module
         p.data += rank / 100
     ltd_fx.transform(model, scheduler, device_mesh=mesh)
     example = torch.zeros(2, SEQ, 16, requires_grad=True)
-    run = STAGES[form](model)
+    run = FORMS[compiled](model)
     stage = PipelineStage(run, rank, 2, torch.device("cpu"), input_args=(example,), output_args=(example,))
     pipeline = schedule(stage, microbatches, loss_fn=lambda output, target: loss_of(output - target))
     for step in range(2):
@@ -130,4 +138,18 @@ def test_pipeline_stages(schedule: Any, form: str, build: Callable[[], nn.Module
         for part in (model, *alone):
             part.zero_grad()
             part._ltd_rewrite.state.scheduler.step()
+        ltd_fx.check_ranks(model)
+
+
+@on_ranks(2)
+def test_a_stage_that_misses_a_step_goes_on_with_its_own_length_until_the_check() -> None:
+    rank, model, scheduler = dist.get_rank(), encoder(), LTDScheduler(9, SEQ, 3)
+    ltd_fx.transform(model, scheduler, device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)))
+    pipeline, hidden = pipelined(model, Schedule1F1B, 2), torch.ones(4, SEQ, 16)
+    for step in range(2):
+        pipeline.step(*([hidden] if rank == 0 else []), **({"target": hidden} if rank == 1 else {}))
+        if step or rank == 0:
+            scheduler.step()
+    assert [kept.shape[1] for kept in ltd_fx.sampled_indices(model).values()] == [9 if rank else 27]
+    with pytest.raises(LTDError, match="ranks 0 and 1 differ in step: 2 and 1"):
         ltd_fx.check_ranks(model)
