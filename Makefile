@@ -10,10 +10,10 @@ demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed,
 
 # a thread for each of the two processes: more threads than cores wait for each other
 test: $(VENV)/.dev ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.dev ## also the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def on_ranks(world: int, *, seconds: float = 120) -> Callable[[Callable[..., Non
                 _pools[world] = Pool(world)
             _pools[world].run(body.__module__, body.__qualname__, arguments, seconds)
 
-        return pytest.mark.xdist_group("ranks")(test)  # on one worker, for the processes take long to start
+        return test
 
     return decorate
 
