@@ -117,18 +117,14 @@ def test_transform_after_ddp() -> None:
 
 
 @pytest.mark.parametrize("where", ["inside", "outside", "layers"])
+@pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
 @both_encoders
 @on_ranks(2)
-def test_ddp_compiled(build: Callable[[], nn.Module], where: str) -> None:
-    for static_graph in (False, True):  # the second time with the first one's graphs
-        model, scheduler = routed(build())
-        if where == "inside":
-            ddp = DistributedDataParallel(
-                torch.compile(model, backend="aot_eager", fullgraph=True), static_graph=static_graph
-            )
-        else:
-            if where == "layers":
-                ltd_fx.compile_layers(model, backend="aot_eager")
-            ddp = DistributedDataParallel(model, static_graph=static_graph)
-        run = torch.compile(ddp, backend="aot_eager") if where == "outside" else ddp
-        assert_trains_as_expected(run, model, scheduler, encoder, sync=static_graph)
+def test_ddp_compiled(build: Callable[[], nn.Module], static_graph: bool, where: str) -> None:
+    model, scheduler = routed(build())
+    if where == "layers":
+        ltd_fx.compile_layers(model, backend="aot_eager")
+    inside = torch.compile(model, backend="aot_eager", fullgraph=True) if where == "inside" else model
+    ddp = DistributedDataParallel(inside, static_graph=static_graph)
+    run = torch.compile(ddp, backend="aot_eager") if where == "outside" else ddp
+    assert_trains_as_expected(run, model, scheduler, encoder, sync=static_graph)
