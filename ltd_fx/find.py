@@ -51,10 +51,10 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
     stacks: dict[str, list[Layer]] = {}
     for name in find_layers(model, layers):
         slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
+        inner = f"{slot}.{_CHECKPOINT_WRAPPER}"
+        module = modules[inner if inner in modules else slot]
         stack = slot.rpartition(".")[0]
-        stacks.setdefault(stack, []).append(
-            Layer(slot, modules[slot], modules[name], find_pattern_maybe(modules[name]))
-        )
+        stacks.setdefault(stack, []).append(Layer(slot, modules[slot], module, find_pattern_maybe(module)))
     return list(stacks.values())
 
 

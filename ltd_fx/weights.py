@@ -1,6 +1,7 @@
 """Weights in and out: the untransformed model's keys, whatever wraps the model, in files written atomically."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,13 @@ _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """The state under the untransformed model's keys.
 
-    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing and DeepSpeed's random-LTD
-    add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay what they are:
-    a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes them.
+    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing, DeepSpeed's engine and
+    its random-LTD add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay
+    what they are: a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes
+    them.
 
     Raises:
-        LTDError: two keys become the same.
+        LTDError: two keys become the same, or ZeRO-3 holds parts of the parameters.
 
     """
     if isinstance(model_or_state_dict, nn.Module):
@@ -49,7 +51,8 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
     tensors, gathered one by one to its CPU. Of any other, a rank that calls it writes.
 
     Raises:
-        LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, or the path cannot be written (on every rank).
+        LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, the path cannot be written (on every rank), or
+            ZeRO-3 holds parts of the parameters.
 
     """
     path = Path(path)
@@ -107,7 +110,8 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Each rank reads the file, and a sharded model takes its part of each tensor: no rank waits for another.
 
     Raises:
-        LTDError: the file cannot be read, or its keys or shapes are not the model's; the model is untouched then.
+        LTDError: the file cannot be read, its keys or shapes are not the model's, or ZeRO-3 holds parts of its
+            parameters; the model is untouched then.
 
     """
     path = Path(path)
@@ -165,14 +169,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within compiled and data-parallel wrappers, whose ``module.`` alone does not tell what it is."""
+    """The module within compiled and data-parallel wrappers, whose ``module.`` alone does not tell what it is.
+
+    Raises:
+        LTDError: ZeRO-3 holds parts of its parameters.
+
+    """
+    wrappers: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    if "deepspeed" in sys.modules:
+        wrappers.append(sys.modules["deepspeed"].DeepSpeedEngine)
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
+        if isinstance(model, tuple(wrappers)):
+            model = model.get_submodule("module")
         elif "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
         else:
-            return model
+            break
+    for name, p in model.named_parameters():
+        if getattr(p, "ds_shape", p.shape) != p.shape:
+            raise LTDError(
+                f"ltd_fx: {name} is partitioned by DeepSpeed's ZeRO-3; save and load within "
+                "deepspeed.zero.GatheredParameters(model.parameters(), modifier_rank=0), on every rank"
+            )
+    return model
 
 
 def without_components(state: Mapping[str, Any], components: frozenset[str]) -> dict[str, Any]:

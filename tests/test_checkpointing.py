@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, SEQ, assert_same, loss_of
+from conftest import BATCH, SEQ, assert_same, decoder, loss_of, text
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from toy import Encoder
+from toy import Encoder, Rows
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -93,6 +93,23 @@ def test_gradients_are_the_plain_runs(form: str) -> None:
     assert_same(gradients(FORMS[form](), 1), gradients(route(encoder()), 1))
 
 
+@pytest.mark.parametrize("layers", [None, r"blocks\.\d", ["blocks.1", "blocks.2"], Rows], ids=str)
+def test_wrapped_layers_of_an_unknown_class(layers: Any) -> None:
+    def model() -> Encoder:
+        torch.manual_seed(0)
+        model = Encoder(4)
+        model.blocks = nn.ModuleList(Rows() for _ in range(4))
+        return model.train()
+
+    skip = 0 if isinstance(layers, list) else 1
+    ours, plain = (
+        ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), layers=layers, skip_first=skip, skip_last=skip)
+        for model in (wrap(model()), model())
+    )
+    assert_same(gradients(ours, 1), gradients(plain, 1))
+    assert list(ltd_fx.sampled_indices(ours)) == ["blocks.1", "blocks.2"]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_two_forwards_before_one_backward(form: str) -> None:
     if form in ONE_FORWARD:
@@ -111,7 +128,28 @@ def test_compiled(form: str, forwards: int) -> None:
     assert_same(gradients(model, forwards, compiled), gradients(route(encoder()), forwards))
 
 
-@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("where", ["whole", "layers"])
+@pytest.mark.slow
+def test_transformers_own_compiled(where: str) -> None:
+    each = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = route(decoder("Llama", use_cache=False)())
+        run = model
+        if compiled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            run = (ltd_fx.compile_layers if where == "layers" else torch.compile)(model, backend="aot_eager")
+        steps = []
+        for _ in range(2):
+            sum(loss_of(run(**text())) for _ in range(2)).backward()
+            steps.append({name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+            model._ltd_rewrite.state.scheduler.step()
+        each.append(steps)
+    assert_same(*each)
+
+
+@pytest.mark.parametrize("forwards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_memory_budget(forwards: int) -> None:
     model = route(encoder())
     with torch._functorch.config.patch(activation_memory_budget=0.3):

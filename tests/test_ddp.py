@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import SEQ, decoder, loss_of
 from ranks import on_ranks
+from test_checkpointing import wrap
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -32,10 +33,22 @@ def encoder() -> nn.Module:
     return Encoder().train()
 
 
+def checkpointed_encoder() -> nn.Module:
+    return wrap(encoder())
+
+
+# above a test: also of checkpointed layers, where slow tests are run
+both_encoders = pytest.mark.parametrize("build", [encoder, pytest.param(checkpointed_encoder, marks=pytest.mark.slow)])
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return ltd_fx.clean_state_dict(dict(model.named_parameters()))
+
+
 def batch(model: nn.Module, *seeds: int) -> Tensor:
     generator = torch.Generator().manual_seed(hash(seeds))
     if isinstance(model, Encoder):
-        return torch.randn(2, SEQ, 16, generator=generator)
+        return torch.randn(2, SEQ, 16, generator=generator).to(next(model.parameters()).dtype)
     return torch.randint(0, 64, (2, SEQ), generator=generator)
 
 
@@ -49,11 +62,11 @@ def expected(build: Callable[[], nn.Module], world: int) -> list[dict[str, Tenso
     for step in range(STEPS):
         total: dict[str, Tensor] = {}
         for rank, model in enumerate(models):
-            model.zero_grad()
             for forward in range(FORWARDS):
+                model.zero_grad()
                 loss_of(model(batch(model, rank, step, forward))).backward()
-            for name, p in model.named_parameters():
-                total[name] = total.get(name, 0) + p.grad / world
+                for name, p in model.named_parameters():
+                    total[name] = total.get(name, 0) + p.grad.float() / world
             model._ltd_rewrite.state.scheduler.step()
         steps.append(total)
     return steps
@@ -68,7 +81,7 @@ def assert_trains_as_expected(
         with nullcontext() if sync else ddp.no_sync():
             loss_of(run(batch(model, rank, step, 0))).backward()
         loss_of(run(batch(model, rank, step, 1))).backward()
-        for name, p in model.named_parameters():
+        for name, p in parameters(model).items():
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
         model.zero_grad()
         scheduler.step()
@@ -103,15 +116,15 @@ def test_transform_after_ddp() -> None:
     assert_trains_as_expected(ddp, model, scheduler, llama)
 
 
-COMPILED = {
-    "inside": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True)),
-    "outside": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
-    "layers": lambda model: DistributedDataParallel(ltd_fx.compile_layers(model, backend="aot_eager")),
-}
-
-
-@pytest.mark.parametrize("where", COMPILED)
+@pytest.mark.parametrize("where", ["inside", "outside", "layers"])
+@pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
+@both_encoders
 @on_ranks(2)
-def test_ddp_compiled(where: str) -> None:
-    model, scheduler = routed(encoder())
-    assert_trains_as_expected(COMPILED[where](model), model, scheduler, encoder)
+def test_ddp_compiled(build: Callable[[], nn.Module], static_graph: bool, where: str) -> None:
+    model, scheduler = routed(build())
+    if where == "layers":
+        ltd_fx.compile_layers(model, backend="aot_eager")
+    inside = torch.compile(model, backend="aot_eager", fullgraph=True) if where == "inside" else model
+    ddp = DistributedDataParallel(inside, static_graph=static_graph)
+    run = torch.compile(ddp, backend="aot_eager") if where == "outside" else ddp
+    assert_trains_as_expected(run, model, scheduler, encoder, sync=static_graph)

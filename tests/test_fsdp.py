@@ -1,5 +1,6 @@
 """FSDP2: ``fully_shard`` before or after ``transform``, and weights in and out of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import SEQ, loss_of
 from ranks import on_ranks
-from test_ddp import batch, encoder, expected, llama
+from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
+
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -49,7 +53,7 @@ def assert_trains_as_expected(model: nn.Module, scheduler: LTDScheduler, build: 
         loss_of(run(batch(model, dist.get_rank(), step, 0))).backward()
         model.set_requires_gradient_sync(True)
         loss_of(run(batch(model, dist.get_rank(), step, 1))).backward()
-        for name, p in model.named_parameters():
+        for name, p in parameters(model).items():
             torch.testing.assert_close(full(p.grad), gradients[name], rtol=1e-4, atol=1e-5)
         model.zero_grad()
         scheduler.step()
@@ -65,27 +69,50 @@ def test_fully_shard(order: str, checkpoint: bool | None) -> None:
     assert_trains_as_expected(*sharded(model, order), llama)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+def bfloat16(build: Callable[[], nn.Module]) -> nn.Module:
+    model = build()
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("order", "precision"),
+    [
+        ("after", "float32"),
+        pytest.param("before", "float32", marks=pytest.mark.slow),
+        pytest.param("after", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+@both_encoders
 @on_ranks(2)
-def test_fully_shard_compiled_by_layers(order: str) -> None:
-    model, scheduler = sharded(encoder(), order)
+def test_fully_shard_compiled_by_layers(build: Callable[[], nn.Module], order: str, precision: str) -> None:
+    plain, options = (encoder, {}) if precision == "float32" else (lambda: bfloat16(encoder), {"mp_policy": BFLOAT16})
+    model, scheduler = sharded(build(), order, **options)
     ltd_fx.compile_layers(model, backend="aot_eager")
-    assert_trains_as_expected(model, scheduler, encoder)
+    assert_trains_as_expected(model, scheduler, plain)
 
 
+@pytest.mark.slow
+@both_encoders
+@on_ranks(2)
+def test_fully_shard_compiled_whole(build: Callable[[], nn.Module]) -> None:
+    """In pieces: FSDP2's hooks break the graph."""
+    model, scheduler = sharded(build())
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_trains_as_expected(model, scheduler, encoder, torch.compile(model, backend=counter))
+    assert counter.frame_count
+
+
+@pytest.mark.parametrize("checkpoint", [None, False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(2)
-def test_mixed_precision(order: str) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, _ = sharded(encoder(), order, mp_policy=policy)
-    plain = ltd_fx.transform(encoder().bfloat16(), LTDScheduler(9, SEQ, 3))
-    plain._ltd_rewrite.state.rank = dist.get_rank()
-    plain._ltd_rewrite.state.begin_step(0)
-    inputs = batch(model, dist.get_rank())
-    output = model(inputs)
-    torch.testing.assert_close(output, plain(inputs.bfloat16()), check_dtype=True)
-    output.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+def test_bfloat16(order: str, checkpoint: bool | None) -> None:
+    model = llama()
+    if checkpoint is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    assert_trains_as_expected(*sharded(model, order, mp_policy=BFLOAT16), lambda: bfloat16(llama))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @on_ranks(2)

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from toy import Encoder
 
 import ltd_fx
@@ -104,6 +107,45 @@ def test_ranks_that_differ_are_refused_on_every_rank() -> None:
         model(torch.zeros(1, SEQ, 16))
     with pytest.raises(LTDError, match="ranks 0 and 1 differ in forward: 1 and 2"):
         ltd_fx.check_ranks(model)
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+@on_ranks(2)
+def test_a_rank_that_misses_a_step_goes_on_with_its_own_length_until_the_check(engine: str) -> None:
+    """No gradient's shape depends on the length: these engines neither notice nor wait."""
+    model, scheduler = routed(init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)))
+    run = DistributedDataParallel(model) if engine == "DDP" else fully_shard(model)
+    for step in range(2):
+        run(torch.ones(3, SEQ, 16)).sum().backward()
+        if step or dist.get_rank() == 0:
+            scheduler.step()
+    assert from_all(scheduler.reserved_length) == [12, 10]
+    with pytest.raises(LTDError, match="ranks 0 and 1 differ in step: 2 and 1"):
+        ltd_fx.check_ranks(model)
+
+
+class RowsOfAllRanks(nn.Module):
+    """What a tensor-parallel layer does: a collective over tensors as long as the hidden states."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + all_reduce(hidden * 0.5, "sum", dist.group.WORLD)
+
+
+@on_ranks(2)
+def steps_missed_by_tensor_parallel_ranks() -> None:
+    ltd_fx.register_pattern(RowsOfAllRanks, ltd_fx.LayerPattern("hidden"))
+    model, scheduler = nn.Sequential(*(RowsOfAllRanks() for _ in range(3))).train(), LTDScheduler(8, SEQ, 10)
+    ltd_fx.transform(model, scheduler, device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    model(torch.zeros(3, SEQ, 16))
+    if dist.get_rank() == 0:
+        scheduler.step()
+    model(torch.zeros(3, SEQ, 16))
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_of_different_lengths_end_and_do_not_hang() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"the process died|[Gg]loo"):  # gloo ends the process
+        steps_missed_by_tensor_parallel_ranks()
 
 
 @on_ranks(2)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from ltd_fx import LayerPattern
 
@@ -47,3 +48,18 @@ class Encoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
+
+
+class Rows(nn.Module):
+    """A layer of no known class, whose linear modules see ``[B * S, D]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = self.norm(hidden).flatten(0, 1)
+        heads = (project(rows).view(*hidden.shape[:2], -1, 8).transpose(1, 2) for project in (self.q, self.k, self.v))
+        mixed = scaled_dot_product_attention(*heads).transpose(1, 2)
+        return hidden + self.out(mixed.flatten(2).flatten(0, 1)).view_as(hidden)
