@@ -59,9 +59,7 @@ def fsdp(folder: Path, report: Report) -> None:
     if whole:
         loaded = state()
         dcp.load(loaded, checkpoint_id=folder / str(whole[-1]))
-        set_state_dict(
-            parts["model"], parts["adam"], model_state_dict=loaded["model"], optim_state_dict=loaded["adam"]
-        )
+        set_state_dict(parts["model"], parts["adam"], model_state_dict=loaded["model"], optim_state_dict=loaded["adam"])
     train(parts, report, save, dist.get_rank())
 
 
@@ -99,10 +97,17 @@ def train(parts: dict[str, Any], report: Report, save: Callable[[int], None], ra
     report(STEPS, weights=digests(model.named_parameters()))
 
 
-def trainer(folder: Path, report: Report) -> None:
+def trainer(folder: Path, report: Report, **options: Any) -> None:
     """transformers' ``Trainer``. A kill may leave its newest folder half written: without ``trainer_state.json``."""
-    import test_huggingface
     import transformers
+    from conftest import gpt2
+    from ltd_fx.huggingface import LTDCallback
+
+    class ByLayerTokens(transformers.Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            total = scheduler.total_layer_tokens(num_training_steps)
+            self.lr_scheduler = LayerTokenLR(optimizer or self.optimizer, scheduler, total_layer_tokens=total)
+            return self.lr_scheduler
 
     class Reporter(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,13 +118,36 @@ def trainer(folder: Path, report: Report) -> None:
             if "loss" in kwargs["logs"]:
                 report(state.global_step - 1, log=kwargs["logs"])
 
-    options = {"max_steps": STEPS, "save_steps": 1, "eval_strategy": "no", "report_to": "none"}
-    run = test_huggingface.trainer_of(folder, **options)
-    run.add_callback(Reporter())
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=True, max_steps=STEPS, save_steps=1, logging_steps=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=3, learning_rate=0.01, report_to="none",
+        disable_tqdm=True, seed=3, **options,
+    )  # fmt: skip
+    world = arguments.world_size
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)) if world > 1 else None
+    torch.manual_seed(0)
+    scheduler = LTDScheduler(8, 2 * SEQ, STEPS - 2, global_batch_size=4 * world)
+    ids = torch.randint(0, 64, (24, 2 * SEQ), generator=torch.Generator().manual_seed(0))
+    texts: Any = [{"input_ids": row, "labels": row} for row in ids]
+    model = ltd_fx.transform(gpt2(), scheduler, device_mesh=mesh)
+    callbacks = [LTDCallback(), Reporter()]
+    run = ByLayerTokens(model, arguments, train_dataset=texts, eval_dataset=texts[:4], callbacks=callbacks)
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     run.train(resume_from_checkpoint=None if newest is None else str(newest))
     report(STEPS, weights=digests(run.model.named_parameters()))
+
+
+def trainer_compiled(folder: Path, report: Report) -> None:
+    trainer(folder, report, torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def trainer_ddp(folder: Path, report: Report) -> None:
+    """In the environment in which ``torchrun`` starts a script."""
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}  # asked for, though the group is there already
+    trainer(folder, report)
 
 
 def saving(folder: Path, report: Report) -> None:

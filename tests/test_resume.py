@@ -16,9 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PROGRAMS = {"plain": (programs.plain, 1), "fsdp": (programs.fsdp, 2), "trainer": (programs.trainer, 1)}
-PROGRAMS["saving"] = (programs.saving, 1)
-SECONDS = 120
+# each with its number of processes
+PROGRAMS = {
+    "plain": (programs.plain, 1),
+    "fsdp": (programs.fsdp, 2),
+    "trainer": (programs.trainer, 1),
+    "trainer_compiled": (programs.trainer_compiled, 1),
+    "trainer_ddp": (programs.trainer_ddp, 2),
+    "saving": (programs.saving, 1),
+}
+SECONDS = 240
 
 
 class Kill(NamedTuple):
@@ -105,13 +112,14 @@ SLOW = [
     *(pytest.param("plain", seed, 5, marks=pytest.mark.slow) for seed in range(1, 6)),
     *(pytest.param("fsdp", seed, 3, marks=pytest.mark.slow) for seed in range(1, 6)),
     *(pytest.param("trainer", seed, 2, marks=pytest.mark.slow) for seed in range(1, 4)),
+    *(pytest.param(f"trainer_{kind}", 0, 1, marks=pytest.mark.slow) for kind in ("compiled", "ddp")),
 ]
 
 
 @pytest.mark.parametrize(("name", "seed", "kills"), [("plain", 0, 2), ("fsdp", 0, 1), *SLOW])
 def test_killed_and_resumed(name: str, seed: int, kills: int, uninterrupted: Any, tmp_path: Path) -> None:
     """Killed at a random moment of a random step, in the middle of saving too, as often as ``kills`` says."""
-    if name == "trainer":
+    if name.startswith("trainer"):
         pytest.importorskip("transformers")
     expected, draw, first = uninterrupted(name), random.Random(seed), 0
     world = len(expected)
