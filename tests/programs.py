@@ -101,6 +101,7 @@ def trainer(folder: Path, report: Report, **options: Any) -> None:
     """transformers' ``Trainer``. A kill may leave its newest folder half written: without ``trainer_state.json``."""
     import transformers
     from conftest import gpt2
+
     from ltd_fx.huggingface import LTDCallback
 
     class ByLayerTokens(transformers.Trainer):
