@@ -106,8 +106,10 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: every routed layer is where it was."""
+    if torch.compiler.is_compiling() or not root.training:
+        return
     places = root.__dict__[_REWRITE].places
-    if root.training and places is not None and not torch.compiler.is_compiling():
+    if places is not None:
         torch.compiler.disable(places.check)(root)
 
 

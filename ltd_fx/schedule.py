@@ -233,11 +233,14 @@ class LTDScheduler:
             raise LTDError(f"LTDScheduler: the state_dict's config is not a mapping: {state_dict['config']!r}")
         _integer("step", state_dict["step"], 0)
         ours, theirs = self._config(), state_dict["config"]
-        for field in sorted(ours.keys() | theirs.keys()):
-            if ours.get(field) != theirs.get(field):
+        for field in sorted(ours.keys() | theirs.keys(), key=str):
+            if field not in ours or field not in theirs:
+                what = f"has the unknown field {field!r}" if field in theirs else f"lacks the field {field!r}"
+                raise LTDError(f"LTDScheduler: the state_dict's config {what}; it is of another version, or damaged")
+            if ours[field] != theirs[field]:
                 raise LTDError(
-                    f"LTDScheduler: the state_dict has {field}={theirs.get(field)!r}, "
-                    f"this scheduler {field}={ours.get(field)!r}; build it with the saved configuration"
+                    f"LTDScheduler: the state_dict has {field}={theirs[field]!r}, this scheduler "
+                    f"{field}={ours[field]!r}; build it with the saved configuration"
                 )
         draws = state_dict["draws"]
         if draws is not None and self._state is None:

@@ -168,9 +168,9 @@ class RouteState:
         """
         recomputing = torch._C._current_graph_task_id() != -1
         if not recomputing:
+            self._guard_alone(site)
             if self.last is not None and self.last.key is self.key and not self.last.grad:
                 return  # no backward will follow
-            self._guard_alone(site)
             before = self._recomputable
             if before is None or before[0] is not self.key:
                 self._ambiguous = before is not None and before[1] == self._step
