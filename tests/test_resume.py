@@ -139,6 +139,4 @@ def test_killed_and_resumed(name: str, seed: int, kills: int, uninterrupted: Any
 
 def test_killed_while_saving_weights(tmp_path: Path) -> None:
     """The file is always that of one whole save, and what a kill left unfinished is in nobody's way."""
-    ((seen,),) = (found.values() for found in run("saving", tmp_path))
-    assert seen[".pt"] > 5
-    assert seen[".safetensors"] > 5
+    assert run("saving", tmp_path) == [{0: {".pt": "survived", ".safetensors": "survived"}}]
