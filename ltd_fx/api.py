@@ -184,10 +184,13 @@ def summary(model: nn.Module) -> RewriteReport:
     """What was rewritten, layer by layer; ``str()`` is a table, ``.sites[i].graph`` the graph that layer ``i`` runs.
 
     Raises:
-        LTDError: the model is not transformed.
+        LTDError: the model is not transformed, or a routed layer was replaced since.
 
     """
-    return find_rewrite(model)[1].report()
+    root, rewrite = find_rewrite(model)
+    if rewrite.places is not None:
+        rewrite.places.check(root)
+    return rewrite.report()
 
 
 def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *, atol: float = 1e-4) -> VerifyReport:

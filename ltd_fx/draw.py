@@ -94,7 +94,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     if not site.layer.training:
         return None
     batch, seq_len = hidden_shape(site, hidden, batch_first)
-    if state.scheduler is not None and seq_len > state.scheduler.max_length:
+    if state.scheduler is not None and not state.scheduler.relative and seq_len > state.scheduler.max_length:
         _warn_never_dense(state, seq_len, state.scheduler.max_length)
     _refuse_generation(site, cache, seq_len)
     keep = site.length.tokens(seq_len)

@@ -17,10 +17,11 @@ from ltd_fx.observe import split_inputs
 from ltd_fx.passes import Target
 from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.patterns import LayerPattern, forward_signature
+from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.site import SITE, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
-from ltd_fx.state import RouteState, add_root_hook
+from ltd_fx.state import RouteState, add_closing_hook, add_root_hook
 
 _REWRITE = "_ltd_rewrite"
 
@@ -33,9 +34,9 @@ class Rewrite:
     layers: list[Layer]  # the routed ones; with patterns, once installed
     sites: list[Site]  # empty until installed
     entries: list[CallSite]
-    hook: RemovableHandle | None = None
-    closing: RemovableHandle | None = None  # of routes over several layers
+    hooks: tuple[RemovableHandle, ...] = ()
     pending: RemovableHandle | None = None  # while patterns are to be inferred at the first training forward
+    places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
 
@@ -79,10 +80,13 @@ def attach(
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
         rewrite.pending = add_root_hook(model, _complete)
-    rewrite.hook = add_root_hook(model, state.begin_forward)
-    if chained:
-        torch._dynamo.eval_frame.skip_code(_check_routes.__code__)
-        rewrite.closing = model.register_forward_hook(_check_routes)
+    before = [] if is_graph else [_check_places]
+    after = [_check_routes, state.end_forward] if chained else [state.end_forward]
+    rewrite.hooks = (
+        *(add_root_hook(model, hook) for hook in (*before, state.begin_forward)),
+        *(add_closing_hook(model, hook) for hook in after),
+    )
+    state.root = type(model).__name__
     model.__dict__[_REWRITE] = rewrite
     if state.scheduler is not None:
         state.scheduler._attach(state)
@@ -98,6 +102,15 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "larger compiled program; pass example_inputs to ltd_fx.transform"
         )
     torch.compiler.disable(install)(root, root.__dict__[_REWRITE], (args, kwargs))
+
+
+def _check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: every routed layer is where it was."""
+    if torch.compiler.is_compiling() or not root.training:
+        return
+    places = root.__dict__[_REWRITE].places
+    if places is not None:
+        torch.compiler.disable(places.check)(root)
 
 
 def _check_routes(root: nn.Module, args: Any, output: Any) -> None:
@@ -150,6 +163,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     if rewrite.pending is not None:
         rewrite.pending.remove()
         rewrite.pending = None
+    rewrite.places = None if isinstance(model, fx.GraphModule) else Places(model, sites)
     patterns = {layer.name: layer.pattern for layer in layers}
     rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
     rewrite.entries = [
@@ -192,11 +206,11 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
-    for hook in (done.hook, done.closing, done.pending):
-        if hook is not None:
-            hook.remove()
+    for hook in (*done.hooks, *([done.pending] if done.pending else ())):
+        hook.remove()
     del root.__dict__[_REWRITE]
-    if done.state.scheduler is not None:
+    copied = bool(done.sites) and done.sites[0] not in done.state.sites  # copy.deepcopy: it drives the original still
+    if done.state.scheduler is not None and not copied:
         done.state.scheduler._attach(None)
 
 

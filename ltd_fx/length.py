@@ -26,14 +26,20 @@ class ReservedLength:
         self.share = share
         self._numerator, self._denominator = _ratio(share)
         self._carrier: torch.Tensor | None = None
+        self._whole: int | None = None
 
     @property
     def published(self) -> int | None:
         """The scheduler's length, in tokens; ``None`` without a scheduler."""
         return None if self._carrier is None else self._carrier.shape[0]
 
-    def publish(self, length: int) -> None:
-        """Have compiled graphs read ``length``: one tensor a length, its dimension marked dynamic."""
+    def publish(self, length: int, whole: int | None = None) -> None:
+        """Have compiled graphs read ``length``: one tensor a length, its dimension marked dynamic.
+
+        It is the length of every sequence; or, with ``whole``, that of sequences of so many tokens, and in proportion
+        of others.
+        """
+        self._whole = whole
         if self.published == length:
             return
         self._carrier = torch.empty(length, 0)
@@ -42,11 +48,20 @@ class ReservedLength:
 
     def tokens(self, seq_len: int) -> int:
         """The reserved length for sequences of ``seq_len`` tokens; layers run dense where it is no less than that."""
-        if self._carrier is None:
-            return self.of(seq_len)
-        return self._carrier.shape[0]
+        return self.of(seq_len, None if self._carrier is None else self._carrier.shape[0])
 
-    def of(self, seq_len: int) -> int:
+    def of(self, seq_len: int, length: int | None) -> int:
+        """The same with ``length`` as the published one. At least one token; a proportion is rounded down."""
+        if length is None:
+            return self.share_of(seq_len)
+        if self._whole is None:
+            return length
+        if length >= self._whole:
+            return seq_len
+        kept = length * seq_len // self._whole
+        return kept if kept > 1 else 1  # what is compiled then knows that it is more than 1, where a layer asks for it
+
+    def share_of(self, seq_len: int) -> int:
         """The share of ``seq_len`` tokens, at least one."""
         return max(seq_len * self._numerator // self._denominator, 1)
 
@@ -62,4 +77,4 @@ class ReservedLength:
         length = state["_carrier"]
         self.__dict__.update(state, _carrier=None)
         if length is not None:
-            self.publish(length)
+            self.publish(length, self._whole)

@@ -39,8 +39,7 @@ def sampled_indices(root: nn.Module, state: RouteState, sites: list[Site]) -> di
 
 
 def _indices(site: Site, forward: Forward, batch: int, seq_len: int) -> Tensor:
-    length = forward.lengths[site.length.share]
-    keep = min(site.length.of(seq_len) if length is None else length, seq_len)
+    keep = min(site.length.of(seq_len, forward.lengths[site.length.share]), seq_len)
     key = forward.key
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)

@@ -49,6 +49,9 @@ class LTDScheduler:
             - a callable ``step -> length``, rounded and clamped like the others.
         degree: of ``"root"``: 2 is the square root.
         global_batch_size: sequences per step over all ranks, for counting layer tokens; ``None`` counts per sequence.
+        relative: for batches of different lengths, and stacks of different lengths: lengths are those of sequences of
+            ``max_length`` tokens, and sequences of S tokens keep length * S / max_length of them, rounded down to a
+            whole token, at least one. Without it, they keep ``length`` tokens, and all where S is no more than that.
 
     Raises:
         LTDError: for an argument out of range or an unknown kind.
@@ -65,6 +68,7 @@ class LTDScheduler:
         kind: Kind = "linear",
         degree: int = 2,
         global_batch_size: int | None = None,
+        relative: bool = False,
     ) -> None:
         self.min_length = _integer("min_length", min_length, 1)
         self.max_length = _integer("max_length", max_length, 1)
@@ -80,6 +84,9 @@ class LTDScheduler:
         self.global_batch_size = (
             None if global_batch_size is None else _integer("global_batch_size", global_batch_size, 1)
         )
+        if not isinstance(relative, bool):
+            raise LTDError(f"LTDScheduler: relative must be True or False, got {relative!r}")
+        self.relative = relative
         self._state: RouteState | None = None
         # by share: the length now, and the sum of the lengths of the steps so far
         self._lengths: dict[float | None, ReservedLength] = {None: ReservedLength()}
@@ -107,7 +114,7 @@ class LTDScheduler:
 
     def least(self, share: float | None = None) -> int:
         """The length, in tokens, that the schedule starts from: ``min_length``, or ``share`` of ``max_length``."""
-        return self.min_length if share is None else ReservedLength(share).of(self.max_length)
+        return self.min_length if share is None else ReservedLength(share).share_of(self.max_length)
 
     def _unrounded(self, step: int) -> float:
         span = self.max_length - self.min_length
@@ -124,7 +131,10 @@ class LTDScheduler:
 
     @property
     def reserved_length(self) -> int:
-        """The number of tokens that routed layers keep now, unless they have a share of their own."""
+        """The number of tokens that routed layers keep now, unless they have a share of their own.
+
+        With ``relative``, of sequences of ``max_length`` tokens.
+        """
         length = self._lengths[None].published
         assert length is not None
         return length
@@ -151,6 +161,9 @@ class LTDScheduler:
     def total_layer_tokens(self, steps: int) -> int:
         """Layer tokens of the first ``steps`` steps: per step, global_batch_size * (length * routed layers +
         max_length * dense layers), as in random-LTD (arXiv 2211.11586, section 3.3). Pure.
+
+        Every sequence counts as one of ``max_length`` tokens, however long the batches are and whatever of them is
+        padding. With ``relative``, the share that is saved is that of shorter sequences too, but for rounding.
 
         Raises:
             LTDError: before the scheduler is attached to a model, which knows the layer counts.
@@ -202,7 +215,7 @@ class LTDScheduler:
 
     def _publish(self) -> None:
         for share, length in self._lengths.items():
-            length.publish(self.length_at(self._step, share))
+            length.publish(self.length_at(self._step, share), self.max_length if self.relative else None)
 
     def _refresh(self) -> None:
         """Publish the lengths of the current step, and the key of its first forward."""
@@ -213,7 +226,7 @@ class LTDScheduler:
     # ---- resuming
 
     def _config(self) -> dict[str, Any]:
-        fields = ("min_length", "max_length", "total_steps", "multiple_of", "degree", "global_batch_size")
+        fields = ("min_length", "max_length", "total_steps", "multiple_of", "degree", "global_batch_size", "relative")
         kind = getattr(self.kind, "__qualname__", repr(self.kind)) if callable(self.kind) else self.kind
         return {"kind": kind, **{field: getattr(self, field) for field in fields}}
 
@@ -239,11 +252,14 @@ class LTDScheduler:
             raise LTDError(f"LTDScheduler: the state_dict's config is not a mapping: {state_dict['config']!r}")
         _integer("step", state_dict["step"], 0)
         ours, theirs = self._config(), state_dict["config"]
-        for field in sorted(ours.keys() | theirs.keys()):
-            if ours.get(field) != theirs.get(field):
+        for field in sorted(ours.keys() | theirs.keys(), key=str):
+            if field not in ours or field not in theirs:
+                what = f"has the unknown field {field!r}" if field in theirs else f"lacks the field {field!r}"
+                raise LTDError(f"LTDScheduler: the state_dict's config {what}; it is of another version, or damaged")
+            if ours[field] != theirs[field]:
                 raise LTDError(
-                    f"LTDScheduler: the state_dict has {field}={theirs.get(field)!r}, "
-                    f"this scheduler {field}={ours.get(field)!r}; build it with the saved configuration"
+                    f"LTDScheduler: the state_dict has {field}={theirs[field]!r}, this scheduler "
+                    f"{field}={ours[field]!r}; build it with the saved configuration"
                 )
         draws = state_dict["draws"]
         if draws is not None and self._state is None:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from ltd_fx.capture import ARGS, KWARGS, LAYER, layer_graph
 from ltd_fx.draw import Site
+from ltd_fx.errors import LTDError
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.patterns import LayerPattern, forward_signature
 
@@ -30,7 +31,7 @@ class RoutedLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and not torch.compiler.is_compiling():
-            self._ltd_site.state.guard_recompute()
+            self._ltd_site.state.guard_call(self._ltd_site)
         return super().__call__(*args, **kwargs)
 
     def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,9 +70,11 @@ def routed_class(
         leaves: whether they return after it.
 
     Raises:
-        LTDError: the layer's ``forward`` cannot be expressed as a graph.
+        LTDError: the layer's ``forward`` cannot be expressed as a graph, or it is routed already.
 
     """
+    if issubclass(slot_class, RoutedLayer):
+        raise LTDError(f"ltd_fx: {slot_class._ltd_base.__name__} layers are routed already; call ltd_fx.restore first")
     arguments = (slot_class, layer_class, pattern, enters, leaves)
     if arguments in _classes:
         return _classes[arguments]

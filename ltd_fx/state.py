@@ -75,6 +75,9 @@ class RouteState:
         self.observed: dict[str, tuple[int, int]] | None = None
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
+        self.root = ""  # class of the module whose forwards bring new keys, if there is one
+        # sites called while no forward of the root was under way, since the key was last changed
+        self._alone: set[str] = set()
         self.begin_step(0 if scheduler is None else scheduler._step)
 
     def set_protect(self, protect: Protect, root: nn.Module) -> None:
@@ -113,6 +116,12 @@ class RouteState:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
         # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
         self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
+        self._rest()
+
+    def _rest(self) -> None:
+        """No forward of the root is under way."""
+        self._idle: Tensor | None = self.key
+        self._alone.clear()
 
     def _first_key(self) -> int:
         return draw_key(self.seed, self._step, self.rank)
@@ -134,6 +143,11 @@ class RouteState:
         else:
             torch.compiler.disable(self._remember)(args, kwargs)
 
+    def end_forward(self, root: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the root."""
+        if root.training and not torch.compiler.is_compiling():
+            torch.compiler.disable(self._rest)()
+
     def _move(self, device: torch.device) -> None:
         """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
         self.device = device
@@ -145,14 +159,16 @@ class RouteState:
         lengths = {share: length.published for share, length in self.lengths.items()}
         self.last = Forward(self.key, lengths, describe(args, kwargs), torch.is_grad_enabled(), self.mask)
 
-    def guard_recompute(self) -> None:
-        """Called by each routed layer outside compiled code: refuse a recompute that would draw other tokens.
+    def guard_call(self, site: "Site") -> None:
+        """Called by each routed layer in training, outside compiled code: refuse draws that would not be right.
 
+        Without a forward of the root, no new key: a layer called once more would draw the same tokens again. And
         ``torch.utils.checkpoint`` around a routed layer calls it again in the backward pass, where the key must still
         be that of the original forward. It is, unless another forward came between; then nothing tells the two apart.
         """
         recomputing = torch._C._current_graph_task_id() != -1
         if not recomputing:
+            self._guard_alone(site)
             if self.last is not None and self.last.key is self.key and not self.last.grad:
                 return  # no backward will follow
             before = self._recomputable
@@ -168,6 +184,17 @@ class RouteState:
         else:
             # the backward of this forward has begun: the next forward is the only one awaiting a recompute
             self._recomputable = (self.key, -1)
+
+    def _guard_alone(self, site: "Site") -> None:
+        if not self.root or self.key is not self._idle or self.observed is not None or site.fixed is not None:
+            return
+        if site.name in self._alone or isinstance(self.protect, str):
+            raise LTDError(
+                f"ltd_fx: {site.name} is called, but not by a forward of the {self.root} that ltd_fx.transform was "
+                "given, so it would keep the same tokens each time. Call that module, or ltd_fx.restore it and "
+                "transform the one that you call"
+            )
+        self._alone.add(site.name)
 
     # ---- resuming
 
@@ -221,3 +248,9 @@ def add_root_hook(root: nn.Module, hook: Any) -> RemovableHandle:
     # torch.compile(model) runs the root's hooks in frames of their own, outside the model's: not worth a graph
     torch._dynamo.eval_frame.skip_code(hook.__code__)
     return root.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def add_closing_hook(root: nn.Module, hook: Any) -> RemovableHandle:
+    """Register a forward hook ``(root, args, output)`` that is no graph of its own."""
+    torch._dynamo.eval_frame.skip_code(hook.__code__)
+    return root.register_forward_hook(hook)

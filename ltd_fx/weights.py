@@ -45,7 +45,8 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
     """Write :func:`clean_state_dict` to ``path``: safetensors for the suffix ``.safetensors``, else ``torch.save``.
 
     Tensors that share memory (tied weights) are stored once; safetensors keeps the other names in its metadata. The
-    file appears whole or not at all: an existing one stays as it is until the new one is complete.
+    file appears whole or not at all: an existing one stays as it is until the new one is complete. A process that is
+    killed meanwhile leaves its unfinished one beside it, under a hidden name that nothing reads.
 
     Of a sharded model (FSDP2, tensor parallel) it is a collective: every rank must call it, and the first writes whole
     tensors, gathered one by one to its CPU. Of any other, a rank that calls it writes.

@@ -82,6 +82,7 @@ def test_every_key_is_honoured_or_named(as_file: bool, tmp_path: Path) -> None:
         "multiple_of": 6,
         "degree": 2,
         "global_batch_size": 16,
+        "relative": False,
     }
     assert options["seed"] == 42
     assert before == CONFIG

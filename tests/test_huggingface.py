@@ -168,6 +168,19 @@ def test_a_checkpoint_saved_without_the_callback(whole: Any, tmp_path: Path) -> 
     assert saved["stateful_callbacks"]["LTDCallback"]["attributes"]["saved"]["step"] == 6
 
 
+@pytest.mark.parametrize("content", [None, "", '{"epoch": 0.5,'])
+def test_a_checkpoint_left_half_written_does_not_pass_for_a_whole_one(content: str | None, tmp_path: Path) -> None:
+    """``trainer_state.json`` is written last: a kill before leaves none, or a part."""
+    trainer = trainer_of(tmp_path, max_steps=1, save_steps=1, eval_strategy="no")
+    trainer.train()
+    state = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state.unlink()
+    if content is not None:
+        state.write_text(content)
+    with pytest.raises((FileNotFoundError, json.JSONDecodeError)):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_refusals(whole: Any, tmp_path: Path) -> None:
     with pytest.raises(LTDError, match=r"there are none; call step\(\) first"):
         scheduler_of().metrics()

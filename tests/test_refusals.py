@@ -139,10 +139,10 @@ def test_unmentioned_tensors_in_args_and_in_a_graphs_kwargs_are_refused() -> Non
         model(stream, long, short)
     with pytest.raises(LTDError, match=r"'scores'.*aligned"):
         model(stream, short, long)
-    layers = ltd_fx.transform(nn.Sequential(*(Open() for _ in range(3))))
-    layers[1](stream, short, scores=short)
+    layers = [ltd_fx.transform(nn.Sequential(*(Open() for _ in range(3)))) for _ in range(2)]
+    layers[0][1](stream, short, scores=short)
     with pytest.raises(LTDError, match=r"'\*args'.*aligned"):
-        layers[1](stream, long)
+        layers[1][1](stream, long)
     ltd_fx.register_pattern(Open, LayerPattern(hidden="stream", aligned={"scores": (1,)}))
     model = ltd_fx.transform(graph_module())
     model(stream, short, long)

@@ -215,6 +215,8 @@ def test_state_of_another_configuration(field):
         ({"step": None}, "step"),
         ({"config": None}, "config"),
         ({"config": [1]}, "config"),
+        ({"config": {}}, "config lacks the field 'degree'"),
+        ({"config": {**bert().state_dict()["config"], 3: 1}}, "config has the unknown field 3"),
         ({"draws": {}}, "draws|seed|forward"),
         ({"draws": {"seed": 0}}, "draws|forward"),
         ({"draws": {"seed": 0, "forward": "x"}}, "draws|forward"),
