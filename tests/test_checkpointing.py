@@ -149,7 +149,8 @@ def test_transformers_own_compiled(where: str) -> None:
     assert_same(*each)
 
 
-@pytest.mark.parametrize("forwards", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("forwards", [1, 2])
 def test_a_memory_budget(forwards: int) -> None:
     model = route(encoder())
     with torch._functorch.config.patch(activation_memory_budget=0.3):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, CASES, SEQ, Case, loss_of, text
+from conftest import BATCH, CASES, SEQ, Case, decoder, loss_of, text
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +28,12 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         )
 
 
+QUICK = ("llama", "bert")
+
+
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES], indirect=True
+)
 def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
     """Each length's own graph would be 61; torch's default limit is 8."""
     model, inputs, seq_len = case.model(), case.inputs(), case.seq_len
@@ -49,10 +55,10 @@ def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
     assert counter.frame_count == 2
 
 
-def test_inductor_fuses_the_route_and_agrees(llama: Case) -> None:
+def test_inductor_fuses_the_route_and_agrees() -> None:
     from torch._inductor.utils import run_and_get_code
 
-    model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 4))
+    model = ltd_fx.transform(decoder("Llama", num_hidden_layers=3)().train(), ltd_fx.LTDScheduler(4, SEQ, 4))
     scheduler = model._ltd_rewrite.state.scheduler
     compiled = torch.compile(model, fullgraph=True)
     eager = step(model, model, text())
@@ -84,6 +90,7 @@ def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
     assert counter.frame_count <= 3  # the dense layer class, the routed one routed, the routed one dense
 
 
+@pytest.mark.slow
 def test_layers_of_an_untransformed_model_compile_one_by_one(llama: Case) -> None:
     plain = llama.model()
     model = ltd_fx.compile_layers(llama.model(), backend="aot_eager")
@@ -117,6 +124,7 @@ class Blocks(nn.Module):
         return hidden
 
 
+@pytest.mark.slow
 def test_a_users_own_checkpoint_inside_the_compiled_graph() -> None:
     torch.manual_seed(0)
     plain, checkpointed = Blocks(None).train(), Blocks(False).train()

@@ -116,7 +116,7 @@ def test_transform_after_ddp() -> None:
     assert_trains_as_expected(ddp, model, scheduler, llama)
 
 
-@pytest.mark.parametrize("where", ["inside", "outside", "layers"])
+@pytest.mark.parametrize("where", ["layers", *(pytest.param(w, marks=pytest.mark.slow) for w in ("inside", "outside"))])
 @pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
 @both_encoders
 @on_ranks(2)

@@ -53,6 +53,7 @@ def test_hf_trainer(tmp_path: Path) -> None:
     assert not ltd_fx.is_transformed(plain)
 
 
+@pytest.mark.slow
 def test_from_deepspeed(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     output = start("examples/from_deepspeed.py", "--steps", 2, "--out", tmp_path)

@@ -18,7 +18,7 @@ from toy import Encoder, Rows
 import ltd_fx
 from ltd_fx import LTDScheduler
 
-CHECKPOINT = [None, *(pytest.param(reentrant, marks=pytest.mark.slow) for reentrant in (False, True))]
+pytestmark = pytest.mark.slow  # four processes
 
 
 def assert_trains_as_expected(model: nn.Module, build: Callable[[], nn.Module], replicas: int, replica: int) -> None:
@@ -38,7 +38,7 @@ def routed(model: nn.Module, mesh: DeviceMesh, checkpoint: bool | None = None) -
     return ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINT)
+@pytest.mark.parametrize("checkpoint", [None, False, True])
 @on_ranks(4)
 def test_hybrid_sharding(checkpoint: bool | None) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -46,7 +46,6 @@ def test_hybrid_sharding(checkpoint: bool | None) -> None:
     assert_trains_as_expected(model, llama, 4, torch.distributed.get_rank())
 
 
-@pytest.mark.slow
 @both_encoders
 @on_ranks(4)
 def test_hybrid_sharding_compiled_by_layers(build: Callable[[], nn.Module]) -> None:
@@ -55,7 +54,7 @@ def test_hybrid_sharding_compiled_by_layers(build: Callable[[], nn.Module]) -> N
     assert_trains_as_expected(model, encoder, 4, torch.distributed.get_rank())
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINT)
+@pytest.mark.parametrize("checkpoint", [None, False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(4)
 def test_fully_shard_across_tensor_parallel_groups(order: str, checkpoint: bool | None) -> None:
@@ -76,7 +75,6 @@ def rows_encoder() -> nn.Module:
     return model.train()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 @on_ranks(4)
 def test_fully_shard_across_tensor_parallel_groups_compiled_on_rows(checkpoint: bool) -> None:

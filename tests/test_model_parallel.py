@@ -106,7 +106,9 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("schedule", [Schedule1F1B, pytest.param(ScheduleGPipe, marks=pytest.mark.slow)])
 @both_encoders
-@pytest.mark.parametrize("compiled", ["plain", "by layers", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiled", ["plain", *(pytest.param(f, marks=pytest.mark.slow) for f in ("by layers", "whole"))]
+)
 @on_ranks(2)
 def test_pipeline_stages(schedule: Any, compiled: str, build: Callable[[], nn.Module]) -> None:
     """Each stage is transformed by itself; every microbatch is a forward, and draws anew."""

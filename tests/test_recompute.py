@@ -39,13 +39,15 @@ def saved_shapes(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]
 
 
 @pytest.mark.parametrize(
-    "build", [decoder("Llama", num_hidden_layers=5, use_cache=False), lambda: bert(5)], ids=["llama", "bert"]
+    "build",
+    [decoder("Llama", use_cache=False), pytest.param(bert, marks=pytest.mark.slow)],
+    ids=["llama", "bert"],
 )
 def test_masks_and_tables_are_computed_again(build: Any) -> None:
     ids = torch.arange(BATCH * SEQ).view(BATCH, SEQ) % 60
     inputs = {"input_ids": ids, "attention_mask": (ids != 7).long(), "labels": ids}
     model = ltd_fx.transform(build().train(), ltd_fx.LTDScheduler(KEEP, SEQ, 10))
     shapes = saved_shapes(model, inputs)
-    assert sum(shape[-2:] == [KEEP, HIDDEN // HEADS] for shape in shapes) >= 3 * 3, "queries, keys and values"
+    assert sum(shape[-2:] == [KEEP, HIDDEN // HEADS] for shape in shapes) >= 2 * 3, "queries, keys and values"
     assert not [shape for shape in shapes if shape.count(KEEP) > 1], "masks"
     assert BATCH * KEEP * HIDDEN // HEADS not in [prod(shape) for shape in shapes], "tables"
