@@ -28,11 +28,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         )
 
 
-QUICK = ("llama", "bert")
-
-
 @pytest.mark.parametrize(
-    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES], indirect=True
+    "case", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in CASES], indirect=True
 )
 def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
     """Each length's own graph would be 61; torch's default limit is 8."""
@@ -137,6 +134,7 @@ def test_a_users_own_checkpoint_inside_the_compiled_graph() -> None:
     assert_same(*results)
 
 
+@pytest.mark.slow
 def test_two_compiled_forwards_before_one_backward(llama: Case) -> None:
     model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 4))
     scheduler = model._ltd_rewrite.state.scheduler

@@ -28,6 +28,7 @@ def accuracies(output: str) -> list[float]:
     return [float(share) for share in re.findall(r"accuracy ([\d.]+)%", output)]
 
 
+@pytest.mark.slow
 def test_vit_digits() -> None:
     pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
     pytest.importorskip("sklearn")
