@@ -6,8 +6,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ltd_fx.errors import LTDError
-from ltd_fx.install import find_rewrite
+from ltd_fx.install import find_scheduler
 from ltd_fx.schedule import LTDScheduler
 
 
@@ -38,9 +37,7 @@ class LTDCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scheduler = find_rewrite(kwargs["model"])[1].state.scheduler
-        if scheduler is None:
-            raise LTDError("LTDCallback: the model keeps half of its tokens always; pass an LTDScheduler to transform")
+        _, scheduler = find_scheduler(kwargs["model"])
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if scheduler.global_batch_size not in (None, batch):
             warnings.warn(

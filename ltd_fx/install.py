@@ -19,6 +19,7 @@ from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
+from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import SITE, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState, add_closing_hook, add_root_hook
@@ -230,3 +231,16 @@ def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:
     if found is None:
         raise LTDError("ltd_fx: the model is not transformed; call ltd_fx.transform(model, scheduler) first")
     return found
+
+
+def find_scheduler(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
+    """The transformed module and its scheduler, for the callbacks of trainers.
+
+    Raises:
+        LTDError: the model is not transformed, or has no scheduler.
+
+    """
+    root, rewrite = find_rewrite(model)
+    if rewrite.state.scheduler is None:
+        raise LTDError("LTDCallback: the model keeps half of its tokens always; pass an LTDScheduler to transform")
+    return root, rewrite.state.scheduler

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.install import find_rewrite
+from ltd_fx.install import find_scheduler
 from ltd_fx.lr import LayerTokenLR
 from ltd_fx.schedule import LTDScheduler
 
@@ -43,10 +43,7 @@ class LTDCallback(Callback):
         self._loaded: dict[str, Any] | None = None  # until training begins: the model may not be transformed yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        root, rewrite = find_rewrite(pl_module)
-        scheduler = rewrite.state.scheduler
-        if scheduler is None:
-            raise LTDError("LTDCallback: the model keeps half of its tokens always; pass an LTDScheduler to transform")
+        root, scheduler = find_scheduler(pl_module)
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LayerTokenLR) and config.interval != "step":
                 raise LTDError(

@@ -26,7 +26,7 @@ DEVICES = {
     "a100": Device(312e12, 2.04e12),
 }
 _BYTES = 2  # of a hidden state in 16 bits
-# Elements of hidden states that routing reads and writes, a kept token, layer and direction: 2 to gather, 2 to scatter.
+# Elements of hidden states that routing reads and writes, a kept token, layer and direction, at most.
 _ROUTING_ELEMENTS = 4
 # A routed layer runs about so many more kernels a step, and a device starts one in about so many seconds.
 _KERNELS, _LAUNCH = 6, 4e-6

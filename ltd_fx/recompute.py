@@ -7,13 +7,15 @@ backward. Computed again, they take the draw, ``[B, k]``, and the whole argument
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-_ALIGNED = "ltd_fx_aligned"
+# in a node's meta
+_ALIGNED, _SEEN = "ltd_fx_aligned", "ltd_fx_seen"
 
 
 @contextmanager
@@ -38,9 +40,11 @@ def recompute_what_follows() -> None:
     mode = get_proxy_mode()
     if mode is None:
         return
-    for node in mode.tracer.graph.nodes:
-        if _ALIGNED not in node.meta and _is_elementwise(node):
-            given = [arg for arg in node.all_input_nodes if not _is_constant(arg)]
+    fresh = list(takewhile(lambda node: _SEEN not in node.meta, reversed(mode.tracer.graph.nodes)))
+    for node in reversed(fresh):
+        node.meta[_SEEN] = True
+        if _is_elementwise(node):
+            given = [arg for arg in _tensors(node) if not _is_constant(arg)]
             if given and all(_ALIGNED in arg.meta for arg in given):
                 _tag(node)
 
@@ -59,7 +63,9 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """A size, or made of sizes: ``full([], -inf)``."""
-    if not isinstance(node.meta.get("val"), Tensor):
-        return True
-    return node.op == "call_function" and all(_is_constant(arg) for arg in node.all_input_nodes)
+    """Made of sizes alone: ``full([], -inf)``."""
+    return node.op == "call_function" and not _tensors(node)
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]

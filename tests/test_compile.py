@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, CASES, SEQ, Case, decoder, loss_of, text
+from conftest import BATCH, CASES, SEQ, Case, loss_of, text
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -52,10 +52,10 @@ def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
     assert counter.frame_count == 2
 
 
-def test_inductor_fuses_the_route_and_agrees() -> None:
+def test_inductor_fuses_the_route_and_agrees(llama: Case) -> None:
     from torch._inductor.utils import run_and_get_code
 
-    model = ltd_fx.transform(decoder("Llama", num_hidden_layers=3)().train(), ltd_fx.LTDScheduler(4, SEQ, 4))
+    model = ltd_fx.transform(llama.model(), ltd_fx.LTDScheduler(4, SEQ, 4))
     scheduler = model._ltd_rewrite.state.scheduler
     compiled = torch.compile(model, fullgraph=True)
     eager = step(model, model, text())

@@ -1,6 +1,5 @@
 """A checkpoint that DeepSpeed's own engine wrote of a model that it converted, loaded into ours."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from conftest import gpt2
 from ranks import on_ranks
 from test_deepspeed_config import CONFIG, attached, read
+from test_deepspeed_engine import deepspeed
 
 import ltd_fx
 from ltd_fx.deepspeed import load_scheduler_state
@@ -21,14 +21,12 @@ pytestmark = [
 
 @on_ranks(1)
 def test_weights_and_schedule_of_its_checkpoint(tmp_path: Path) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
-    import deepspeed
+    initialize = deepspeed().initialize
     from deepspeed.runtime.data_pipeline.data_routing.helper import convert_to_random_ltd
 
-    deepspeed.ops.__compatible_ops__ = {}  # or it compiles a shared-memory operator for minutes
     theirs = gpt2(6)
     config = {**CONFIG, "zero_optimization": {"stage": 0}}
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = initialize(
         model=theirs, optimizer=torch.optim.AdamW(theirs.parameters()), config=config, dist_init_required=False
     )
     convert_to_random_ltd(engine, type(theirs.transformer.h[0]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from toy import snapshot
+from toy import Wrapper, snapshot
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -47,15 +47,6 @@ class Net(nn.Module):
         for layer in self.layers:
             stream = layer(stream, mask)
         return stream
-
-
-class Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 def net(**options: Any) -> tuple[Net, LTDScheduler]:

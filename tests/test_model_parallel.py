@@ -125,10 +125,7 @@ def test_pipeline_stages(schedule: Any, compiled: str, build: Callable[[], nn.Mo
     for p in model.parameters():
         p.data += rank / 100
     ltd_fx.transform(model, scheduler, device_mesh=mesh)
-    example = torch.zeros(2, SEQ, 16, requires_grad=True)
-    run = FORMS[compiled](model)
-    stage = PipelineStage(run, rank, 2, torch.device("cpu"), input_args=(example,), output_args=(example,))
-    pipeline = schedule(stage, microbatches, loss_fn=lambda output, target: loss_of(output - target))
+    pipeline = pipelined(FORMS[compiled](model), schedule, microbatches)
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         hidden, target = torch.randn(2, 2 * microbatches, SEQ, 16, generator=generator)

@@ -11,7 +11,7 @@ from conftest import SEQ, decoder, text
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from toy import PATTERN, Block, Net
+from toy import PATTERN, Block, Net, Wrapper
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -21,15 +21,6 @@ from ltd_fx.deepspeed import convert_to_random_ltd
 @pytest.fixture(autouse=True)
 def _known_block() -> None:
     ltd_fx.register_pattern(Block, PATTERN)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
 
 
 STREAM = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))

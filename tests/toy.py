@@ -63,3 +63,14 @@ class Rows(nn.Module):
         heads = (project(rows).view(*hidden.shape[:2], -1, 8).transpose(1, 2) for project in (self.q, self.k, self.v))
         mixed = scaled_dot_product_attention(*heads).transpose(1, 2)
         return hidden + self.out(mixed.flatten(2).flatten(0, 1)).view_as(hidden)
+
+
+class Wrapper(nn.Module):
+    """A module of somebody's own around another."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
