@@ -21,31 +21,44 @@ def interval(values: list[float] | None, digits: int = 2) -> str:
     return "" if values is None else "{:.{n}f} ({:.{n}f} to {:.{n}f})".format(*values, n=digits)
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
 def speed(rows: list[Row]) -> str:
-    header = (
-        *("setting", "", "variant", "CPU seconds, quartiles", "efficiency by CPU time", "by wall time"),
-        *("time saved", "operations saved, planned"),
-    )
+    shown = ("dense", "ideal", "routed")
     return table(
-        header,
+        ("setting", "", *(f"{variant}, CPU seconds" for variant in shown), "time saved", "operations saved, planned"),
         (
             (
-                row["setting"],
-                row["how"],
-                row["variant"],
-                interval([row["cpu_s"][1], row["cpu_s"][0], row["cpu_s"][2]]),
-                interval(row.get("efficiency_cpu")),
-                interval(row.get("efficiency_wall")),
-                percent(row["saved"][0] if "saved" in row else None),
-                percent(row.get("planned")),
+                *setting,
+                *(interval([of[variant]["cpu_s"][i] for i in (1, 0, 2)]) for variant in shown),
+                f"{of['routed']['saved'][0]:.1%}",
+                f"{of['routed']['planned']:.1%}",
             )
-            for row in rows
+            for setting, of in by_setting(rows)
         ),
     )
+
+
+def efficiency(rows: list[Row]) -> str:
+    others = [v for v in dict.fromkeys(row["variant"] for row in rows) if v not in ("dense", "ideal", "routed")]
+    return table(
+        ("setting", "", "routed", "routed, by wall time", *others),
+        (
+            (
+                *setting,
+                interval(of["routed"]["efficiency_cpu"]),
+                interval(of["routed"]["efficiency_wall"]),
+                *(interval(of[variant]["efficiency_cpu"] if variant in of else None) for variant in others),
+            )
+            for setting, of in by_setting(rows)
+        ),
+    )
+
+
+def by_setting(rows: list[Row]) -> list[tuple[tuple[str, str], dict[str, Row]]]:
+    """((setting, how), rows by variant): compiled first, then by name."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["setting"], row["how"]), {})[row["variant"]] = row
+    return sorted(found.items(), key=lambda item: item[0][::-1])
 
 
 def static(rows: list[Row]) -> str:
@@ -130,17 +143,18 @@ def growth_fit(rows: list[Row]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {
-    f.__name__: f for f in (speed, static, memory, traffic, walk, depth, growth, growth_fit)
-}
+# by its place in the page: the results it is made of, and how
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, growth, growth_fit)
+} | {"efficiency": ("speed", efficiency)}
 
 
 def draw(results: Results) -> None:
     """Realised efficiency of the compiled settings, with its intervals."""
     from matplotlib.figure import Figure
 
-    rows = [r for r in results.tables.get("speed", []) if r["how"] == "compiled" and "efficiency_cpu" in r]
-    settings = list(dict.fromkeys(r["setting"] for r in rows))
+    rows = [r for r in results.tables["speed"] if r["how"] == "compiled" and "efficiency_cpu" in r]
+    settings = sorted({r["setting"] for r in rows})
     variants = [v for v in dict.fromkeys(r["variant"] for r in rows) if v != "ideal"]
     figure = Figure(figsize=(9, 0.6 + 0.6 * len(settings)), layout="constrained")
     axes = figure.subplots()
@@ -161,8 +175,10 @@ def draw(results: Results) -> None:
 def main() -> None:
     results = Results()
     page = PAGE.read_text()
-    for name, rows in results.tables.items():
-        text = TABLES[name](rows)
+    for name, (source, write) in TABLES.items():
+        if source not in results.tables:
+            continue
+        text = write(results.tables[source])
         page, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.S
         )
