@@ -23,11 +23,13 @@ def interval(values: list[float] | None, digits: int = 2) -> str:
 
 def speed(rows: list[Row]) -> str:
     shown = ("dense", "ideal", "routed")
+    header = ("setting", "", "rounds", *(f"{variant}, CPU seconds" for variant in shown))
     return table(
-        ("setting", "", *(f"{variant}, CPU seconds" for variant in shown), "time saved", "operations saved, planned"),
+        (*header, "time saved", "operations saved, planned"),
         (
             (
                 *setting,
+                of["routed"]["rounds"],
                 *(interval([of[variant]["cpu_s"][i] for i in (1, 0, 2)]) for variant in shown),
                 f"{of['routed']['saved'][0]:.1%}",
                 f"{of['routed']['planned']:.1%}",
@@ -119,6 +121,13 @@ def depth(rows: list[Row]) -> str:
     )
 
 
+def parts(rows: list[Row]) -> str:
+    return table(
+        ("", "torch itself, CPU seconds", "C++ compilers", "both"),
+        ((r["how"], *(f"{s:.1f}" for s in (r["torch"], r["compilers"], r["torch"] + r["compilers"]))) for r in rows),
+    )
+
+
 def growth(rows: list[Row]) -> str:
     return table(
         ("S", "d", "B", "layers", "routing, ms", "copies, ms", "layers, ms", "share"),
@@ -145,7 +154,7 @@ def growth_fit(rows: list[Row]) -> str:
 
 # by its place in the page: the results it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, growth, growth_fit)
+    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, parts, growth, growth_fit)
 } | {"efficiency": ("speed", efficiency)}
 
 

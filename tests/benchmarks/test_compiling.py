@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Setting, layers_of, stepper
+from models import Setting, stepper
 from peers import PEERS
 from results import results
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
 
@@ -33,18 +32,25 @@ def cold() -> Iterator[None]:
         yield
 
 
-def compiling(step: Callable[[], Any], calls: int, before: Callable[[int], None] = lambda i: None) -> float:
-    """CPU seconds of compilation in so many calls: what they take beyond calls that compile nothing."""
+def compiling(
+    step: Callable[[], Any], calls: int, before: Callable[[int], None] = lambda i: None
+) -> tuple[float, float]:
+    """CPU seconds of compilation in so many calls, of torch itself and of the C++ compilers that it starts.
 
-    def took(i: int) -> float:
+    What the calls take beyond those that compile nothing.
+    """
+
+    def took(i: int) -> tuple[float, float]:
         before(i)
         start = os.times()
         step()
-        return sum(os.times()[:4]) - sum(start[:4])  # of this process and its children, user and system
+        spent = [end - begin for end, begin in zip(os.times(), start, strict=True)]
+        return spent[0] + spent[1], spent[2] + spent[3]  # of this process and of its children, user and system
 
     seconds = [took(i) for i in range(calls)]
-    usual = float(np.median([took(calls - 1) for _ in range(5)]))
-    return sum(s - usual for s in seconds if s > 3 * usual)
+    usual = float(np.median([sum(took(calls - 1)) for _ in range(5)]))
+    compiled = [each for each in seconds if sum(each) > 3 * usual]
+    return sum(own - usual for own, _ in compiled), sum(children for _, children in compiled)
 
 
 WALKS = {
@@ -66,7 +72,9 @@ def test_walk(benchmark: Any, walk: str) -> None:
         set_length = PEERS[name](model, SMALL)
         step = stepper(torch.compile(model, backend=counter), SMALL.inputs())
         with cold(), torch._dynamo.config.patch(**options):
-            took = compiling(step, len(lengths), lambda i, set_length=set_length: set_length and set_length(lengths[i]))
+            took = sum(
+                compiling(step, len(lengths), lambda i, set_length=set_length: set_length and set_length(lengths[i]))
+            )
         eager = counter.frame_count == torch._dynamo.config.recompile_limit
         row = {"setting": walk, "how": backend, "variant": name, "graphs": counter.frame_count, "seconds": took}
         results().add("walk", {**row, "eager": eager})
@@ -78,19 +86,26 @@ def test_walk(benchmark: Any, walk: str) -> None:
 def test_depth(benchmark: Any, whole: bool) -> None:
     how = "whole" if whole else "layer by layer"
     for depth in (4, 8, 16) if whole else (4, 8, 16, 32):
-        took = {}
-        for name in ("dense", "routed"):
-            setting = Setting("llama", width=64, tokens=128, depth=depth)
-            model = setting.build()
-            if name == "routed":
-                ltd_fx.transform(model, ltd_fx.LTDScheduler(64, 128, 1, kind="constant"))
-            with cold():
-                took[name] = compiling(stepper(_compiled(model, whole), setting.inputs()), 1)
+        took = {name: sum(_seconds(depth, whole, name)) for name in ("dense", "routed")}
         results().add("depth", {"setting": depth, "how": how, **took})
         print(f"\n{how}, {depth:2} layers, CPU: dense {took['dense']:.1f} s, routed {took['routed']:.1f} s", end="")
     benchmark.pedantic(lambda: None, rounds=1)
 
 
-def _compiled(model: nn.Module, whole: bool) -> nn.Module:
-    assert len(layers_of(model)) > 0
-    return torch.compile(model) if whole else ltd_fx.compile_layers(model)
+def test_parts(benchmark: Any) -> None:
+    """Where the seconds of a whole model of 8 layers go: to torch, and to the compilers of its kernels."""
+    for name in ("dense", "routed, k a constant", "routed"):
+        own, compilers = _seconds(8, True, name)
+        results().add("parts", {"setting": "8 layers", "how": name, "torch": own, "compilers": compilers})
+        print(f"\n{name}: torch itself {own:.1f} s of CPU, compilers {compilers:.1f} s", end="")
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def _seconds(depth: int, whole: bool, name: str) -> tuple[float, float]:
+    setting = Setting("llama", width=64, tokens=128, depth=depth)
+    model = setting.build()
+    if name != "dense":
+        ltd_fx.transform(model, ltd_fx.LTDScheduler(64, 128, 1, kind="constant") if name == "routed" else None)
+    with cold():
+        compiled = torch.compile(model) if whole else ltd_fx.compile_layers(model)
+        return compiling(stepper(compiled, setting.inputs()), 1)

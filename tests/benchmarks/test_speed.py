@@ -53,7 +53,7 @@ def test_speed(benchmark: Any, setting: Setting, compiled: bool) -> None:
     print(f"\n{setting}, {how}: seconds of CPU (quartiles), then realised efficiency by CPU time, by wall time")
     for name, seconds in times.cpu.items():
         quartiles = torch.tensor(seconds).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        row = {"setting": str(setting), "how": how, "variant": name, "cpu_s": quartiles}
+        row = {"setting": str(setting), "how": how, "variant": name, "rounds": len(seconds), "cpu_s": quartiles}
         if name != "dense":
             row["efficiency_cpu"] = efficiency(times.cpu, name)
             row["efficiency_wall"] = efficiency(times.wall, name)
