@@ -12,7 +12,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
 from ltd_fx.observe import Call, describe, observe, observe_values
-from ltd_fx.patterns import LayerPattern
+from ltd_fx.patterns import LayerPattern, is_registered
 from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.proof import prove
 from ltd_fx.report import Proof
@@ -151,11 +151,13 @@ class Examination:
         return replace(layer, pattern=pattern), proof
 
     def _hypotheses(self, layer: Layer) -> Iterator[LayerPattern]:
-        """The known pattern; or those that could be, the likeliest first."""
+        """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""
+        seen: list[LayerPattern] = []
         if layer.pattern is not None:
             yield layer.pattern
-            return
-        seen: list[LayerPattern] = []
+            if is_registered(layer.module):
+                return
+            seen.append(layer.pattern)
         failure: LTDError | None = None
         for seq_dim in (1, 0):
             lengths, batches = self._probes(seq_dim)

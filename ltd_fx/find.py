@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.patterns import LayerPattern, find_pattern_maybe
+from ltd_fx.patterns import LayerPattern, find_pattern_maybe, is_known
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
@@ -78,7 +78,7 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
 
 def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
     if layers is None:
-        known = [name for name, module in modules.items() if find_pattern_maybe(module) is not None]
+        known = [name for name, module in modules.items() if is_known(module)]
         return known or _repeated(modules)
     if isinstance(layers, str):
         try:

@@ -1,8 +1,10 @@
 """What a routed layer's forward looks like: where the hidden states are, which arguments follow the tokens."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from ltd_fx.align import Aligned, align
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+
+logger = logging.getLogger(__name__)
 
 # Dimensions that carry the sequence, or how to gather an argument for which dimensions are not enough.
 Align = tuple[Any, ...] | Callable[[Draw | None, Any], Any]
@@ -61,13 +65,13 @@ class LayerPattern:
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerPattern, self._plain()
 
-    def check(self, layer_class: type[nn.Module]) -> None:
-        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have.
+    def unknown_argument(self, layer_class: type[nn.Module]) -> str | None:
+        """An argument that the pattern names and ``layer_class.forward`` does not have, with its role; else ``None``.
 
         A name may also be one of its ``**kwargs``, with dimensions but not with a callable.
         """
         parameters = forward_signature(layer_class).parameters.values()
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names = _named(parameters)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [("hidden", self.hidden), ("cache", self.cache)]
         named += [("aligned", name) for name in self.aligned] + [("returned", name) for name in self.returned.values()]
@@ -76,11 +80,23 @@ class LayerPattern:
                 continue
             if role == "aligned" and takes_any and not callable(self.aligned[name]):
                 continue
+            return f"{role} argument {name!r}"
+        return None
+
+    def check(self, layer_class: type[nn.Module]) -> None:
+        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have."""
+        unknown = self.unknown_argument(layer_class)
+        if unknown is not None:
+            names = _named(forward_signature(layer_class).parameters.values())
             raise LTDError(
-                f"ltd_fx: the pattern of {layer_class.__name__} has {role} argument {name!r}, but its forward "
+                f"ltd_fx: the pattern of {layer_class.__name__} has {unknown}, but its forward "
                 f"takes ({', '.join(names)}); correct it with "
                 f"ltd_fx.register_pattern({layer_class.__name__}, LayerPattern(...))"
             )
+
+
+def _named(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def align_attention_mask(draw: Draw | None, mask: Any) -> Any:
@@ -169,9 +185,14 @@ _BUILT_IN: dict[tuple[str, str], Entry] = {
 }
 _registered: dict[type[nn.Module], Entry] = {}
 
+# What releases of the libraries have called the same argument.
+_OTHER_NAMES = {"past_key_values": ("cache", "past_key_value", "layer_past"), "layer_past": ("past_key_values", "cache")}
+# Arguments that say how to run, whatever their default.
+_FLAGS = frozenset(("use_cache", "output_attentions"))
+
 
 def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
-    """Teach ltd_fx a layer class; subclasses without a pattern of their own inherit it.
+    """Teach ltd_fx a layer class; subclasses that have neither a pattern nor a ``forward`` of their own inherit it.
 
     Args:
         layer_class: the class whose instances are routed.
@@ -194,18 +215,92 @@ def forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+def is_known(layer: nn.Module) -> bool:
+    """Whether the layer's class, or a base of it, is registered or built in, whatever its ``forward`` is like."""
+    return _find_base_maybe(type(layer)) is not None
+
+
+def is_registered(layer: nn.Module) -> bool:
+    """Whether :func:`find_pattern_maybe` gives a pattern that the user registered, not one that is built in."""
+    base = _find_base_maybe(type(layer))
+    return base in _registered and not _overrides_forward(type(layer), base)
+
+
 def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
     """The pattern registered for the layer's class or its nearest base, else the built-in one, else ``None``.
 
+    A class that overrides ``forward`` inherits none. A built-in pattern is a hint: one that does not fit the class as it
+    is installed is left aside, with one line in the log.
+
     Raises:
-        LTDError: it names an argument that the layer's ``forward`` does not have.
+        LTDError: a registered pattern names an argument that the layer's ``forward`` does not have.
 
     """
-    for base in type(layer).__mro__:
-        entry = _registered.get(base) or _BUILT_IN.get((base.__module__, base.__qualname__))
-        if entry is not None:
-            pattern = entry if isinstance(entry, LayerPattern) else entry(layer)
-            # inherited, or made by a function: it may not fit this very class
-            pattern.check(type(layer))
-            return pattern
+    layer_class = type(layer)
+    base = _find_base_maybe(layer_class)
+    if base is None or _overrides_forward(layer_class, base):
+        return None
+    entry = _registered.get(base)
+    if entry is not None:
+        pattern = entry if isinstance(entry, LayerPattern) else entry(layer)
+        pattern.check(layer_class)  # inherited, or made by a function: it may not fit this very class
+        return pattern
+    entry = _BUILT_IN[base.__module__, base.__qualname__]
+    pattern = _renamed(entry if isinstance(entry, LayerPattern) else entry(layer), layer_class)
+    misfit = _misfit(pattern, layer_class)
+    if misfit is not None:
+        _log_misfit(layer_class, misfit)
+        return None
+    return pattern
+
+
+def _find_base_maybe(layer_class: type[nn.Module]) -> type[nn.Module] | None:
+    """The nearest class, from ``layer_class`` up, that has a pattern."""
+    known = (b for b in layer_class.__mro__ if b in _registered or (b.__module__, b.__qualname__) in _BUILT_IN)
+    return next(known, None)
+
+
+def _overrides_forward(layer_class: type[nn.Module], base: type[nn.Module]) -> bool:
+    # transformers wraps the inherited `forward` of each subclass anew
+    return inspect.unwrap(layer_class.forward) is not inspect.unwrap(base.forward)
+
+
+def _renamed(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPattern:
+    """``pattern`` with the names that ``layer_class`` has for its arguments, where a release renamed them."""
+    names = _named(forward_signature(layer_class).parameters.values())
+
+    def now(name: str) -> str:
+        others = _OTHER_NAMES.get(name, ())
+        return name if name in names else next((other for other in others if other in names), name)
+
+    return replace(
+        pattern,
+        hidden=now(pattern.hidden),
+        aligned={now(name): entry for name, entry in pattern.aligned.items()},
+        cache=pattern.cache and now(pattern.cache),
+    )
+
+
+def _misfit(pattern: LayerPattern, layer_class: type[nn.Module]) -> str | None:
+    """What of ``layer_class.forward`` a built-in pattern does not know, or knows and does not find; else ``None``."""
+    unknown = pattern.unknown_argument(layer_class)
+    if unknown is not None:
+        return f"no {unknown}"
+    known = {pattern.hidden, pattern.cache, *pattern.aligned, *_FLAGS}
+    for parameter in forward_signature(layer_class).parameters.values():
+        is_flag = isinstance(parameter.default, (bool, int, float, str))
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not (variadic or is_flag or parameter.name in known):
+            return f"a new argument {parameter.name!r}"
     return None
+
+
+@cache
+def _log_misfit(layer_class: type[nn.Module], misfit: str) -> None:
+    logger.warning(
+        "ltd_fx: %s.%s has %s, so its built-in pattern does not fit; how its arguments follow the tokens is learnt from "
+        "a forward instead",
+        layer_class.__module__,
+        layer_class.__qualname__,
+        misfit,
+    )
