@@ -212,7 +212,7 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
     """
     root, rewrite = find_rewrite(model)
     inputs = split_inputs(example_inputs)
-    if rewrite.pending is not None:
+    if rewrite.pending:
         install(root, rewrite, inputs)
     calls = observe_values(root, {layer.name: layer.slot for layer in rewrite.layers}, *inputs)
     proofs = [
@@ -234,14 +234,14 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
 def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
     """The rows that each routed layer kept in the most recent training forward, by layer name.
 
-    Drawn again on demand: it costs the forward nothing.
+    Drawn again on demand: it costs the forward nothing, and runs none.
 
     Returns:
-        ``[B, k]`` int64 each, ascending and unique in each row; all rows where the forward was dense.
+        ``[B, k]`` int64 each, ascending and unique in each row; all rows where the forward was dense. A layer that the
+        forward called several times has the names ``name``, ``name#1``, ``name#2``, ...
 
     Raises:
         LTDError: the model is not transformed, or has not seen a training forward.
 
     """
-    root, rewrite = find_rewrite(model)
-    return replay.sampled_indices(root, rewrite.state, rewrite.sites)
+    return replay.sampled_indices(find_rewrite(model)[1].sites)

@@ -9,13 +9,26 @@ from torch import Tensor, nn
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
 from ltd_fx.span import Span
-from ltd_fx.state import RouteState
+from ltd_fx.state import RouteState, is_recomputing, record
+
+# Between the numbers of a layer's calls in one forward; no model has as many layers.
+_CALL = 1 << 16
+
+
+class Drawn(NamedTuple):
+    """What the draw of one call depends on: enough to draw again (see ``replay``). ``keep`` is S where it ran dense."""
+
+    key: Tensor
+    batch: int
+    seq_len: int
+    keep: int
 
 
 class Site:
     """One routed layer: its name and number, and the state it shares with the model's other sites.
 
     Kept in the layer's ``__dict__``, outside modules and buffers, so names and ``state_dict`` keys stay as they were.
+    With ``in_graph``, it is an attribute of an ``fx.GraphModule`` instead, whose graph calls ``layer``.
     """
 
     def __init__(
@@ -26,16 +39,73 @@ class Site:
         state: RouteState,
         length: ReservedLength | None = None,
         span: Span | None = None,
+        in_graph: bool = False,
     ) -> None:
         self.name = name
-        # a tensor, not an int: as data, it lets identical layers compiled one by one share a graph
-        self.number = torch.tensor(number, device=state.device)
+        # tensors, not ints: as data, they let identical layers compiled one by one share a graph
+        self._first = torch.tensor(number, device=state.device)
+        self.number = self._first  # of the call in progress
         self.layer = layer
         self.state = state
         self.length = state.lengths[None] if length is None else length
         self.span = span  # on a route over several layers
+        self.in_graph = in_graph
         self.fixed: Tensor | None = None  # while verifying: the indices to keep
+        # of this forward: the calls before the latest, and the latest
+        self._earlier: tuple[Drawn, ...] = ()
+        self._latest: Drawn | None = None
         state.sites.append(self)
+
+    @property
+    def drawn(self) -> tuple[Drawn, ...]:
+        """The draws of the most recent forward, a call each."""
+        return self._earlier if self._latest is None else (*self._earlier, self._latest)
+
+    def begin_forward(self) -> None:
+        """Forget the forward before."""
+        self._earlier, self._latest = (), None
+
+    def begin_call(self) -> None:
+        """Called by the routed layer in training, before its forward.
+
+        Raises:
+            LTDError: a recompute would draw other tokens; nobody gave the mask that the draw needs.
+
+        """
+        if not torch.compiler.is_compiling():
+            if is_recomputing():
+                self.state.guard_recompute(True)
+                if self._earlier:
+                    raise LTDError(
+                        f"ltd_fx: activation checkpointing recomputes {self.name}, which the forward called "
+                        f"{len(self.drawn)} times: nothing tells which of its draws to repeat. Checkpoint inside the "
+                        "layer (transformers' gradient_checkpointing_enable() does), or around all of its calls"
+                    )
+                return
+            record(self._count_call)
+            self.state.guard_recompute(False)
+        else:
+            record(self._count_call)
+
+    def _count_call(self) -> None:
+        if not self.state.root:
+            self.begin_forward()
+        elif not self.state.under_way:
+            self.state.begin_alone(self.name)
+            self.begin_forward()
+        elif self._latest is not None:
+            self._earlier, self._latest = self.drawn, None
+        self.number = self.number_of(len(self._earlier))
+
+    def number_of(self, call: int) -> Tensor:
+        """``[]`` int64: which draw the layer's ``call``-th call in a forward takes."""
+        return self._first + call * _CALL if call else self._first
+
+    def _set_drawn(self, batch: int, seq_len: int, keep: int) -> None:
+        self._latest = Drawn(self.state.key, batch, seq_len, keep)
+
+    def move(self, device: torch.device) -> None:
+        self._first = self.number = self._first.to(device)
 
 
 class Draw(NamedTuple):
@@ -86,20 +156,21 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
 
     """
     state = site.state
-    if state.observed is not None:
-        state.observed[site.name] = hidden_shape(site, hidden, batch_first)
-        return None
     if site.fixed is not None:
         return Draw(site, site.fixed, *hidden_shape(site, hidden, batch_first), state.protected)
     if not site.layer.training:
         return None
+    if site.in_graph:
+        site.begin_call()
     batch, seq_len = hidden_shape(site, hidden, batch_first)
     if state.scheduler is not None and not state.scheduler.relative and seq_len > state.scheduler.max_length:
         _warn_never_dense(state, seq_len, state.scheduler.max_length)
     _refuse_generation(site, cache, seq_len)
     keep = site.length.tokens(seq_len)
     if keep >= seq_len:
+        record(site._set_drawn, batch, seq_len, seq_len)
         return None
+    record(site._set_drawn, batch, seq_len, keep)
     if torch.compiler.is_exporting():
         raise LTDError(
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "

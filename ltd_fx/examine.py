@@ -11,8 +11,9 @@ from ltd_fx.alike import likeness, shapes
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
+from ltd_fx.layer_pattern import LayerPattern
 from ltd_fx.observe import Call, describe, observe, observe_values
-from ltd_fx.patterns import LayerPattern, is_registered
+from ltd_fx.patterns import is_registered
 from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.proof import prove
 from ltd_fx.report import Proof

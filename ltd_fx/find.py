@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.patterns import LayerPattern, find_pattern_maybe, is_known
+from ltd_fx.layer_pattern import LayerPattern
+from ltd_fx.patterns import find_pattern_maybe, is_known
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"

@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from ltd_fx.align import Aligned, align
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.layer_pattern import Align, LayerPattern, forward_signature
 from ltd_fx.observe import Call, is_stream
-from ltd_fx.patterns import Align, LayerPattern, forward_signature
 from ltd_fx.probe import Probe
 from ltd_fx.tree import items_of, leaves
 

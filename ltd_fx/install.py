@@ -13,16 +13,16 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.examine import Examination
 from ltd_fx.find import Layer
+from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.observe import split_inputs
 from ltd_fx.passes import Target
 from ltd_fx.passes import rewrite as rewrite_graph
-from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import SITE, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
-from ltd_fx.state import RouteState, add_closing_hook, add_root_hook
+from ltd_fx.state import RouteState, add_closing_hook, add_root_hook, no_graph
 
 _REWRITE = "_ltd_rewrite"
 
@@ -36,7 +36,7 @@ class Rewrite:
     sites: list[Site]  # empty until installed
     entries: list[CallSite]
     hooks: tuple[RemovableHandle, ...] = ()
-    pending: RemovableHandle | None = None  # while patterns are to be inferred at the first training forward
+    pending: tuple[RemovableHandle, ...] = ()  # while patterns are to be inferred at the first training forward
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
@@ -75,19 +75,22 @@ def attach(
             "example_inputs to learn it from, or call ltd_fx.register_pattern"
         )
     rewrite = Rewrite(state, layers, [], entries)
+    state.root, state.entries = type(model).__name__, entries
     # that the layers of a route follow each other is only seen in a forward
     chained = not is_graph and not all(layer.enters for layer in layers)
     if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
-        rewrite.pending = add_root_hook(model, _complete)
-    before = [] if is_graph else [_check_places]
-    after = [_check_routes, state.end_forward] if chained else [state.end_forward]
+        refusing = (add_root_hook(layer.slot, _refuse_unlearnt) for layer in layers)
+        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+    for called in (state.begin_forward, state.end_forward, Site.begin_forward):
+        no_graph(called)
+    before = [_begin_forward] if is_graph else [_check_places, _begin_forward]
+    after = [_check_routes, _end_forward] if chained else [_end_forward]
     rewrite.hooks = (
-        *(add_root_hook(model, hook) for hook in (*before, state.begin_forward)),
+        *(add_root_hook(model, hook) for hook in before),
         *(add_closing_hook(model, hook) for hook in after),
     )
-    state.root = type(model).__name__
     model.__dict__[_REWRITE] = rewrite
     if state.scheduler is not None:
         state.scheduler._attach(state)
@@ -103,6 +106,31 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "larger compiled program; pass example_inputs to ltd_fx.transform"
         )
     torch.compiler.disable(install)(root, root.__dict__[_REWRITE], (args, kwargs))
+
+
+def _refuse_unlearnt(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of layers whose patterns are yet to be learnt: the forward would be dense without a word."""
+    if layer.training:
+        raise LTDError(
+            f"ltd_fx: a {type(layer).__name__} is called in training, but not by a call of the model that "
+            "ltd_fx.transform was given (but by its forward method, which runs no hooks?), so how to route it was not "
+            "learnt; pass example_inputs to ltd_fx.transform, or call that model itself"
+        )
+
+
+def _begin_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: a new key, and nothing drawn yet."""
+    if root.training:
+        rewrite = root.__dict__[_REWRITE]
+        rewrite.state.begin_forward(root, args, kwargs)
+        for site in rewrite.sites:
+            site.begin_forward()
+
+
+def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook: layers that are called from now on are called alone."""
+    if root.training:
+        root.__dict__[_REWRITE].state.end_forward()
 
 
 def _check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,7 +171,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
         graph = call_graph(examination.calls)
-    sites = make_sites(layers, state)
+    sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
     targets = {layer.name: target_of(layer, f"{SITE}_{i}") for i, layer in enumerate(layers)}
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
@@ -161,9 +189,9 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         ]
         for site, routed in zip(sites, classes, strict=True):
             swap_class(site.layer, routed, site)
-    if rewrite.pending is not None:
-        rewrite.pending.remove()
-        rewrite.pending = None
+    for hook in rewrite.pending:
+        hook.remove()
+    rewrite.pending = ()
     rewrite.places = None if isinstance(model, fx.GraphModule) else Places(model, sites)
     patterns = {layer.name: layer.pattern for layer in layers}
     rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
@@ -172,7 +200,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     ]
 
 
-def make_sites(layers: list[Layer], state: RouteState) -> list[Site]:
+def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> list[Site]:
     """The sites of the layers, in order; those on one route share a draw, hence a number."""
     numbers = {layer.name: i for i, layer in enumerate(layers)}
     spans: dict[str, Span] = {}
@@ -180,7 +208,7 @@ def make_sites(layers: list[Layer], state: RouteState) -> list[Site]:
     for layer in layers:
         first = layer.route or layer.name
         span = spans.setdefault(first, Span()) if not (layer.enters and layer.leaves) else None
-        sites.append(Site(layer.name, numbers[first], layer.slot, state, state.lengths[layer.share], span))
+        sites.append(Site(layer.name, numbers[first], layer.slot, state, state.lengths[layer.share], span, in_graph))
     return sites
 
 
@@ -207,7 +235,7 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
-    for hook in (*done.hooks, *([done.pending] if done.pending else ())):
+    for hook in (*done.hooks, *done.pending):
         hook.remove()
     del root.__dict__[_REWRITE]
     copied = bool(done.sites) and done.sites[0] not in done.state.sites  # copy.deepcopy: it drives the original still

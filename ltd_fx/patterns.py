@@ -1,11 +1,9 @@
-"""What a routed layer's forward looks like: where the hidden states are, which arguments follow the tokens."""
+"""The patterns of known layer classes: built in, as hints, and registered by the user."""
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,90 +11,9 @@ from torch import Tensor, nn
 from ltd_fx.align import Aligned, align
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.layer_pattern import Align, LayerPattern, argument_names, forward_signature
 
 logger = logging.getLogger(__name__)
-
-# Dimensions that carry the sequence, or how to gather an argument for which dimensions are not enough.
-Align = tuple[Any, ...] | Callable[[Draw | None, Any], Any]
-
-
-@dataclass(frozen=True)
-class LayerPattern:
-    """How to route a layer class.
-
-    Args:
-        hidden: the argument holding the hidden states, ``[B, S, D]`` (``[S, B, D]`` with ``batch_first=False``).
-        aligned: per argument, the dimensions along which it carries the sequence; each has size S, or 1 to broadcast.
-            Dimension 0 is the batch (of size B, 1, or a multiple of B such as batch times heads) unless it is listed.
-            A tuple of tensors shares one entry. Instead of dimensions, an :class:`ltd_fx.Aligned`, or a tuple of one
-            of them per item, or a callable ``(draw, value) -> value``. ``()`` says that an argument does not carry the
-            sequence; one that is not listed is refused when it looks as if it did.
-        batch_first: the layout of the hidden states.
-        output: the slot of the hidden states in a tuple output; ``None``: the layer returns a bare tensor.
-            A layer that returns a bare tensor is accepted with any slot.
-        returned: further tensors in a tuple output: by slot, the argument that the layer hands on there (a shared
-            position bias), or ``None`` for a tensor that does not carry the sequence and is returned as it is.
-        dropped: slots that are ``None`` while the layer is routed: what is computed for the kept tokens only and read
-            by nobody (attention weights). Any other further tensor is refused.
-        cache: the argument holding a key-value cache, so that decoding in training mode can be refused: the cache of a
-            routed layer lacks the dropped tokens.
-
-    """
-
-    hidden: str = "hidden_states"
-    aligned: Mapping[str, Align] = field(default_factory=dict)
-    batch_first: bool = True
-    output: int | None = 0
-    returned: Mapping[int, str | None] = field(default_factory=dict)
-    dropped: tuple[int, ...] = ()
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("aligned", "returned"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-
-    def _plain(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in fields(self))
-        return tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
-
-    def __hash__(self) -> int:
-        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in self._plain()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LayerPattern, self._plain()
-
-    def unknown_argument(self, layer_class: type[nn.Module]) -> str | None:
-        """An argument that the pattern names and ``layer_class.forward`` does not have, with its role; else ``None``.
-
-        A name may also be one of its ``**kwargs``, with dimensions but not with a callable.
-        """
-        parameters = forward_signature(layer_class).parameters.values()
-        names = _named(parameters)
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = [("hidden", self.hidden), ("cache", self.cache)]
-        named += [("aligned", name) for name in self.aligned] + [("returned", name) for name in self.returned.values()]
-        for role, name in named:
-            if name is None or name in names:
-                continue
-            if role == "aligned" and takes_any and not callable(self.aligned[name]):
-                continue
-            return f"{role} argument {name!r}"
-        return None
-
-    def check(self, layer_class: type[nn.Module]) -> None:
-        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have."""
-        unknown = self.unknown_argument(layer_class)
-        if unknown is not None:
-            names = _named(forward_signature(layer_class).parameters.values())
-            raise LTDError(
-                f"ltd_fx: the pattern of {layer_class.__name__} has {unknown}, but its forward "
-                f"takes ({', '.join(names)}); correct it with "
-                f"ltd_fx.register_pattern({layer_class.__name__}, LayerPattern(...))"
-            )
-
-
-def _named(parameters: Iterable[inspect.Parameter]) -> list[str]:
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def align_attention_mask(draw: Draw | None, mask: Any) -> Any:
@@ -184,9 +101,13 @@ _BUILT_IN: dict[tuple[str, str], Entry] = {
     },
 }
 _registered: dict[type[nn.Module], Entry] = {}
+_logged: set[type[nn.Module]] = set()  # classes of which the log has the line
 
 # What releases of the libraries have called the same argument.
-_OTHER_NAMES = {"past_key_values": ("cache", "past_key_value", "layer_past"), "layer_past": ("past_key_values", "cache")}
+_OTHER_NAMES = {
+    "past_key_values": ("cache", "past_key_value", "layer_past"),
+    "layer_past": ("past_key_values", "cache"),
+}
 # Arguments that say how to run, whatever their default.
 _FLAGS = frozenset(("use_cache", "output_attentions"))
 
@@ -209,12 +130,6 @@ def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
     _registered[layer_class] = pattern
 
 
-def forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
-    """The signature of ``layer_class.forward`` as a caller sees it, without ``self``."""
-    signature = inspect.signature(layer_class.forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
 def is_known(layer: nn.Module) -> bool:
     """Whether the layer's class, or a base of it, is registered or built in, whatever its ``forward`` is like."""
     return _find_base_maybe(type(layer)) is not None
@@ -229,8 +144,8 @@ def is_registered(layer: nn.Module) -> bool:
 def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
     """The pattern registered for the layer's class or its nearest base, else the built-in one, else ``None``.
 
-    A class that overrides ``forward`` inherits none. A built-in pattern is a hint: one that does not fit the class as it
-    is installed is left aside, with one line in the log.
+    A class that overrides ``forward`` inherits none. A built-in pattern is a hint: one that does not fit the class as
+    it is installed is left aside, with one line in the log.
 
     Raises:
         LTDError: a registered pattern names an argument that the layer's ``forward`` does not have.
@@ -267,7 +182,7 @@ def _overrides_forward(layer_class: type[nn.Module], base: type[nn.Module]) -> b
 
 def _renamed(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPattern:
     """``pattern`` with the names that ``layer_class`` has for its arguments, where a release renamed them."""
-    names = _named(forward_signature(layer_class).parameters.values())
+    names = argument_names(layer_class)
 
     def now(name: str) -> str:
         others = _OTHER_NAMES.get(name, ())
@@ -277,7 +192,7 @@ def _renamed(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPatter
         pattern,
         hidden=now(pattern.hidden),
         aligned={now(name): entry for name, entry in pattern.aligned.items()},
-        cache=pattern.cache and now(pattern.cache),
+        cache=None if pattern.cache is None else now(pattern.cache),
     )
 
 
@@ -295,12 +210,13 @@ def _misfit(pattern: LayerPattern, layer_class: type[nn.Module]) -> str | None:
     return None
 
 
-@cache
 def _log_misfit(layer_class: type[nn.Module], misfit: str) -> None:
-    logger.warning(
-        "ltd_fx: %s.%s has %s, so its built-in pattern does not fit; how its arguments follow the tokens is learnt from "
-        "a forward instead",
-        layer_class.__module__,
-        layer_class.__qualname__,
-        misfit,
-    )
+    if layer_class not in _logged:
+        _logged.add(layer_class)
+        logger.warning(
+            "ltd_fx: %s.%s has %s, so its built-in pattern does not fit: how its arguments follow the tokens is learnt "
+            "from a forward instead",
+            layer_class.__module__,
+            layer_class.__qualname__,
+            misfit,
+        )

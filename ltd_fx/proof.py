@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
+from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.observe import Call, is_stream, preserved
-from ltd_fx.patterns import LayerPattern, forward_signature
 from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_plain
 from ltd_fx.report import Proof
 from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class

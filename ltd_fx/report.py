@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.align import Aligned
-from ltd_fx.patterns import LayerPattern
+from ltd_fx.layer_pattern import LayerPattern
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ class LTDScheduler:
     def _layer_tokens(self, steps: int, sums: Mapping[float | None, int]) -> int:
         if self._state is None:
             raise LTDError("LTDScheduler: layer tokens need the layer counts; pass the scheduler to ltd_fx.transform")
+        self._state.count_calls()
         shares, dense = self._state.shares, self._state.dense
         routed = sum(count * sums[share] for share, count in shares.items())
         return (self.global_batch_size or 1) * (routed + steps * self.max_length * dense)

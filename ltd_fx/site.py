@@ -8,14 +8,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ltd_fx.capture import ARGS, KWARGS, LAYER, layer_graph
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
+from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.passes import Target, rewrite
-from ltd_fx.patterns import LayerPattern, forward_signature
 
 SITE = "_ltd_site"
 
@@ -30,8 +29,8 @@ class RoutedLayer(nn.Module):
     _ltd_arguments: tuple[Any, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and not torch.compiler.is_compiling():
-            self._ltd_site.state.guard_call(self._ltd_site)
+        if self.training:
+            self._ltd_site.begin_call()
         return super().__call__(*args, **kwargs)
 
     def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:

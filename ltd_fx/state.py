@@ -1,38 +1,28 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from ltd_fx.counts import count_layers
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
-from ltd_fx.observe import describe
 from ltd_fx.ranks import draw_rank, refuse_differences
 from ltd_fx.sampling import draw_key
 
 if TYPE_CHECKING:
     from ltd_fx.draw import Site
+    from ltd_fx.report import CallSite
     from ltd_fx.schedule import LTDScheduler
 
 
 Protect = int | str | Callable[[Tensor], Tensor] | None
-
-
-class Forward(NamedTuple):
-    """A training forward, as far as its draws depend on it; ``inputs`` are described, not held."""
-
-    key: Tensor
-    lengths: Mapping[float | None, int | None]
-    inputs: Any
-    grad: bool
-    mask: Tensor | None
 
 
 class RouteState:
@@ -60,6 +50,8 @@ class RouteState:
         self.rank = 0 if mesh is None else draw_rank(mesh)
         self.shared = shared
         self.dense = dense
+        self.entries: Sequence[CallSite] = ()  # the model's target layers
+        self._calls: dict[str, int] = {}  # of routed layers by one forward
         # how many routed layers have which share of their own, or none; and the lengths that they read
         self.shares: dict[float | None, int] = {None: routed - sum(shares.values()), **shares}
         self.lengths = {share: ReservedLength(share) for share in self.shares}
@@ -70,14 +62,11 @@ class RouteState:
         self.device = torch.device("cpu")
         self.sites: list[Site] = []
         self.warned = False
-        self.last: Forward | None = None
-        # while replaying: (B, S) by site, collected instead of routing
-        self.observed: dict[str, tuple[int, int]] | None = None
+        self.root = ""  # class of the module whose forwards bring new keys, if there is one
+        self.under_way = False  # whether a training forward of it is
+        self._grad = True  # whether that forward has a backward
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
-        self.root = ""  # class of the module whose forwards bring new keys, if there is one
-        # sites called while no forward of the root was under way, since the key was last changed
-        self._alone: set[str] = set()
         self.begin_step(0 if scheduler is None else scheduler._step)
 
     def set_protect(self, protect: Protect, root: nn.Module) -> None:
@@ -109,6 +98,7 @@ class RouteState:
 
     def begin_step(self, step: int) -> None:
         """Rebind the key for the first forward of ``step``."""
+        self.count_calls()
         self._step = step
         self.set_forward(0)
 
@@ -116,60 +106,70 @@ class RouteState:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
         # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
         self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
-        self._rest()
-
-    def _rest(self) -> None:
-        """No forward of the root is under way."""
-        self._idle: Tensor | None = self.key
-        self._alone.clear()
 
     def _first_key(self) -> int:
         return draw_key(self.seed, self._step, self.rank)
 
     def begin_forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root: the next key, for the forward that starts now."""
-        if not root.training or self.observed is not None:
+        if not root.training:
             return
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
         self.key = self.key + 1
+        self.under_way, self._grad = True, torch.is_grad_enabled()
         if isinstance(self.protect, str):
             place = self.mask_place
             given = kwargs.get(self.protect, args[place] if place < len(args) else None)
             self.mask = given if isinstance(given, Tensor) else None
-        if torch.compiler.is_compiling() or (self.mask is not None and is_functorch_wrapped_tensor(self.mask)):
-            self.last = None
-        else:
-            torch.compiler.disable(self._remember)(args, kwargs)
 
-    def end_forward(self, root: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the root."""
-        if root.training and not torch.compiler.is_compiling():
-            torch.compiler.disable(self._rest)()
+    def begin_alone(self, name: str) -> None:
+        """A routed layer is called by no forward of the root: a key of its own, so that it draws anew each time.
+
+        Raises:
+            LTDError: the draws need an argument of the root.
+
+        """
+        if isinstance(self.protect, str):
+            raise LTDError(
+                f"ltd_fx: {name} is called, but not by a call of the {self.root} that ltd_fx.transform was given, and "
+                f"protect={self.protect!r} is an argument of that call. Call that module (not its forward method), or "
+                "ltd_fx.restore it and transform the one that you call"
+            )
+        self.key = self.key + 1
+        self._grad = True
+
+    def end_forward(self) -> None:
+        """A training forward of the root is over."""
+        self.under_way = False
+
+    def count_calls(self) -> None:
+        """Layers that a forward called more often than any before it count as often in layer tokens."""
+        calls = {site.name: max(len(site.drawn), self._calls.get(site.name, 1)) for site in self.sites}
+        if self.entries and calls != self._calls:
+            self._calls = calls
+            self.shares, self.dense = count_layers(self.entries, calls)
 
     def _move(self, device: torch.device) -> None:
         """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
         self.device = device
         self.key = self.key.to(device)
         for site in self.sites:
-            site.number = site.number.to(device)
+            site.move(device)
 
-    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        lengths = {share: length.published for share, length in self.lengths.items()}
-        self.last = Forward(self.key, lengths, describe(args, kwargs), torch.is_grad_enabled(), self.mask)
+    def guard_recompute(self, recomputing: bool) -> None:
+        """Refuse a recompute that would draw other tokens; called by each routed layer in training, in eager mode.
 
-    def guard_call(self, site: "Site") -> None:
-        """Called by each routed layer in training, outside compiled code: refuse draws that would not be right.
-
-        Without a forward of the root, no new key: a layer called once more would draw the same tokens again. And
         ``torch.utils.checkpoint`` around a routed layer calls it again in the backward pass, where the key must still
         be that of the original forward. It is, unless another forward came between; then nothing tells the two apart.
+
+        Raises:
+            LTDError: there was another forward since, or the scheduler stepped.
+
         """
-        recomputing = torch._C._current_graph_task_id() != -1
         if not recomputing:
-            self._guard_alone(site)
-            if self.last is not None and self.last.key is self.key and not self.last.grad:
+            if not self._grad:
                 return  # no backward will follow
             before = self._recomputable
             if before is None or before[0] is not self.key:
@@ -184,17 +184,6 @@ class RouteState:
         else:
             # the backward of this forward has begun: the next forward is the only one awaiting a recompute
             self._recomputable = (self.key, -1)
-
-    def _guard_alone(self, site: "Site") -> None:
-        if not self.root or self.key is not self._idle or self.observed is not None or site.fixed is not None:
-            return
-        if site.name in self._alone or isinstance(self.protect, str):
-            raise LTDError(
-                f"ltd_fx: {site.name} is called, but not by a forward of the {self.root} that ltd_fx.transform was "
-                "given, so it would keep the same tokens each time. Call that module, or ltd_fx.restore it and "
-                "transform the one that you call"
-            )
-        self._alone.add(site.name)
 
     # ---- resuming
 
@@ -236,21 +225,46 @@ class RouteState:
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: without the batch and the process group."""
-        return {**self.__dict__, "mask": None, "last": None, "mesh": None}
+        return {**self.__dict__, "mask": None, "mesh": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""
         return self
 
 
+def record(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function``, which writes down what a forward did in attributes of ours.
+
+    Within ``torch.utils.checkpoint``, Dynamo refuses to trace a write to what is outside, since the recompute repeats
+    it. What is written here is the same then.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+    else:
+        function(*args)
+
+
+def is_recomputing() -> bool:
+    """Whether the code runs within a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def no_graph(function: Any) -> None:
+    """Have ``torch.compile`` leave ``function`` alone where it is called by itself.
+
+    ``torch.compile(model)`` runs the root's hooks, and what they call, in frames of their own, outside the model's: not
+    worth a graph. Where the root is inlined into a larger program they are traced.
+    """
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
 def add_root_hook(root: nn.Module, hook: Any) -> RemovableHandle:
     """Register a forward pre-hook ``(root, args, kwargs)`` that is no graph of its own."""
-    # torch.compile(model) runs the root's hooks in frames of their own, outside the model's: not worth a graph
-    torch._dynamo.eval_frame.skip_code(hook.__code__)
+    no_graph(hook)
     return root.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def add_closing_hook(root: nn.Module, hook: Any) -> RemovableHandle:
     """Register a forward hook ``(root, args, output)`` that is no graph of its own."""
-    torch._dynamo.eval_frame.skip_code(hook.__code__)
+    no_graph(hook)
     return root.register_forward_hook(hook)

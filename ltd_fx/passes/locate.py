@@ -17,7 +17,7 @@ from torch import fx
 
 from ltd_fx.draw import draw_tokens
 from ltd_fx.errors import LTDError
-from ltd_fx.patterns import LayerPattern
+from ltd_fx.layer_pattern import LayerPattern
 
 logger = logging.getLogger(__name__)
 META = "ltd_fx"

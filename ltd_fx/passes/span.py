@@ -52,7 +52,8 @@ def span(graph: fx.Graph) -> int:
                 draw = previous.draw
             else:
                 with graph.inserting_before(site.draw):
-                    draw = graph.call_function(take_over, (site.draw.args[0], site.target.leaves))
+                    holder, hidden, *_ = site.draw.args
+                    draw = graph.call_function(take_over, (holder, hidden, site.target.leaves))
                     rest = graph.call_function(rest_of, (draw,)) if site.target.leaves else None
             _cancel(graph, site, draw, rest)
             count += 1
@@ -60,10 +61,11 @@ def span(graph: fx.Graph) -> int:
             site.merge.update_arg(1, None)
             if route is not None:
                 before[route] = site, rest
-            elif site.target.enters:
+            else:
                 users = list(site.merge.users)
+                slot = site.target.pattern.output
                 with graph.inserting_after(site.merge):
-                    held = graph.call_function(hand_over, (site.draw.args[0], site.draw, rest, site.merge))
+                    held = graph.call_function(hand_over, (site.draw.args[0], site.draw, rest, site.merge, slot))
                 for user in users:
                     user.replace_input_with(site.merge, held)
     graph.lint()
