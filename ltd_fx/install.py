@@ -1,11 +1,12 @@
 """Rewrite a model in place, and back: what to route, where the pieces are kept, how they are taken out again."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.capture import call_graph
@@ -13,6 +14,15 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.examine import Examination
 from ltd_fx.find import Layer
+from ltd_fx.hooks import (
+    REWRITE,
+    add_forward_hooks,
+    add_root_hook,
+    check_places,
+    check_routes,
+    refuse_unlearnt,
+    watch_routes,
+)
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.observe import split_inputs
 from ltd_fx.passes import Target
@@ -22,9 +32,7 @@ from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import SITE, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
-from ltd_fx.state import RouteState, add_closing_hook, add_root_hook, no_graph
-
-_REWRITE = "_ltd_rewrite"
+from ltd_fx.state import RouteState
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Rewrite:
     hooks: tuple[RemovableHandle, ...] = ()
     pending: tuple[RemovableHandle, ...] = ()  # while patterns are to be inferred at the first training forward
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
+    forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
 
@@ -81,17 +90,14 @@ def attach(
     if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
-        refusing = (add_root_hook(layer.slot, _refuse_unlearnt) for layer in layers)
+        refusing = (add_root_hook(layer.slot, refuse_unlearnt) for layer in layers)
         rewrite.pending = (add_root_hook(model, _complete), *refusing)
-    for called in (state.begin_forward, state.end_forward, Site.begin_forward):
-        no_graph(called)
-    before = [_begin_forward] if is_graph else [_check_places, _begin_forward]
-    after = [_check_routes, _end_forward] if chained else [_end_forward]
-    rewrite.hooks = (
-        *(add_root_hook(model, hook) for hook in before),
-        *(add_closing_hook(model, hook) for hook in after),
-    )
-    model.__dict__[_REWRITE] = rewrite
+    if chained:
+        hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
+    else:
+        hooks = add_forward_hooks(model, before=() if is_graph else (check_places,))
+    rewrite.hooks = (*rewrite.hooks, *hooks)
+    model.__dict__[REWRITE] = rewrite
     if state.scheduler is not None:
         state.scheduler._attach(state)
 
@@ -105,52 +111,25 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
             "larger compiled program; pass example_inputs to ltd_fx.transform"
         )
-    torch.compiler.disable(install)(root, root.__dict__[_REWRITE], (args, kwargs))
+    torch.compiler.disable(install)(root, root.__dict__[REWRITE], (args, kwargs))
 
 
-def _refuse_unlearnt(layer: nn.Module, args: Any, kwargs: Any) -> None:
-    """Forward pre-hook of layers whose patterns are yet to be learnt: the forward would be dense without a word."""
-    if layer.training:
-        raise LTDError(
-            f"ltd_fx: a {type(layer).__name__} is called in training, but not by a call of the model that "
-            "ltd_fx.transform was given (but by its forward method, which runs no hooks?), so how to route it was not "
-            "learnt; pass example_inputs to ltd_fx.transform, or call that model itself"
-        )
-
-
-def _begin_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: a new key, and nothing drawn yet."""
-    if root.training:
-        rewrite = root.__dict__[_REWRITE]
-        rewrite.state.begin_forward(root, args, kwargs)
-        for site in rewrite.sites:
-            site.begin_forward()
-
-
-def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook: layers that are called from now on are called alone."""
-    if root.training:
-        root.__dict__[_REWRITE].state.end_forward()
-
-
-def _check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: every routed layer is where it was."""
+def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: arguments of another form than any before (a ControlNet's residuals) may end a route."""
     if torch.compiler.is_compiling() or not root.training:
         return
-    places = root.__dict__[_REWRITE].places
-    if places is not None:
-        torch.compiler.disable(places.check)(root)
+    rewrite = root.__dict__[REWRITE]
+    form = _form((args, kwargs))
+    if form not in rewrite.forms:
+        calls = torch.compiler.disable(Examination)(root, rewrite.layers, (args, kwargs)).calls
+        rewrite_graph(call_graph(calls), _targets(rewrite.layers))
+        rewrite.forms.add(form)
 
 
-def _check_routes(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook: every route came to its end, or the output has the kept tokens only."""
-    for site in root.__dict__[_REWRITE].sites:
-        if site.span is not None and site.span.open:
-            site.span.close()
-            raise LTDError(
-                f"ltd_fx: the forward left the route of {site.name} without its last layer (LayerDrop?), so dropped "
-                "tokens did not return; give layers that may be skipped routes of their own"
-            )
+def _form(inputs: Any) -> Any:
+    """(args, kwargs) without values."""
+    flat, structure = pytree.tree_flatten(inputs)
+    return structure, tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in flat)
 
 
 def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
@@ -167,12 +146,13 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     """
     state, layers, graph, proofs = rewrite.state, rewrite.layers, None, {}
     if inputs is not None:
+        rewrite.forms.add(_form(inputs))
         examination = Examination(model, layers, inputs)
         accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
         graph = call_graph(examination.calls)
     sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
-    targets = {layer.name: target_of(layer, f"{SITE}_{i}") for i, layer in enumerate(layers)}
+    targets = _targets(layers)
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
     if isinstance(model, fx.GraphModule):
@@ -192,7 +172,9 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     for hook in rewrite.pending:
         hook.remove()
     rewrite.pending = ()
-    rewrite.places = None if isinstance(model, fx.GraphModule) else Places(model, sites)
+    if not isinstance(model, fx.GraphModule):
+        rewrite.places = Places(model, sites)
+        rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
     patterns = {layer.name: layer.pattern for layer in layers}
     rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
     rewrite.entries = [
@@ -212,10 +194,13 @@ def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> lis
     return sites
 
 
-def target_of(layer: Layer, site: str) -> Target:
-    """What the passes are told of a layer; ``site`` is the attribute that holds its site."""
-    signature = forward_signature(type(layer.module))
-    return Target(layer.name, site, signature, known(layer), layer.route, layer.enters, layer.leaves)
+def _targets(layers: list[Layer]) -> dict[str, Target]:
+    """What the passes are told of the layers, by name."""
+    found = {}
+    for i, layer in enumerate(layers):
+        signature, way = forward_signature(type(layer.module)), (layer.route, layer.enters, layer.leaves)
+        found[layer.name] = Target(layer.name, f"{SITE}_{i}", signature, known(layer), *way)
+    return found
 
 
 def known(layer: Layer) -> LayerPattern:
@@ -237,7 +222,7 @@ def uninstall(model: nn.Module) -> None:
             swap_back(site.layer)
     for hook in (*done.hooks, *done.pending):
         hook.remove()
-    del root.__dict__[_REWRITE]
+    del root.__dict__[REWRITE]
     copied = bool(done.sites) and done.sites[0] not in done.state.sites  # copy.deepcopy: it drives the original still
     if done.state.scheduler is not None and not copied:
         done.state.scheduler._attach(None)
@@ -245,7 +230,7 @@ def uninstall(model: nn.Module) -> None:
 
 def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
     """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
-    return next(((m, m.__dict__[_REWRITE]) for m in model.modules() if _REWRITE in m.__dict__), None)
+    return next(((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__), None)
 
 
 def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:

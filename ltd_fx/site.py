@@ -4,19 +4,22 @@ As in FSDP2, the instance stays: its name, hooks, parameters and ``state_dict`` 
 still holds.
 """
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ltd_fx.capture import ARGS, KWARGS, LAYER, layer_graph
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.passes import Target, rewrite
+from ltd_fx.tree import leaves
 
 SITE = "_ltd_site"
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class RoutedLayer(nn.Module):
@@ -26,6 +29,7 @@ class RoutedLayer(nn.Module):
     _ltd_base: type[nn.Module]
     _ltd_graph: fx.Graph
     _ltd_forward: Callable[..., Any]
+    _ltd_positional: tuple[str, ...]  # names of what its forward takes by position, in order
     _ltd_arguments: tuple[Any, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,10 +38,19 @@ class RoutedLayer(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def _ltd_layer(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward."""
-        args = (*args, *kwargs.pop(ARGS, ()))
-        kwargs.update(kwargs.pop(KWARGS, {}))
-        return type(self).forward(self, *args, **kwargs)
+        """The layer's own forward.
+
+        What needs gradients is passed by position, with all that comes before it: torch's reentrant checkpointing,
+        which transformers puts around the forward, gives gradients to nothing else.
+        """
+        rest, extras = kwargs.pop(ARGS, ()), kwargs.pop(KWARGS, {})
+        names = self._ltd_positional[len(args) :]
+        count = len(names) if rest else 0
+        for i, name in enumerate(names):
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(kwargs[name])):
+                count = max(count, i + 1)
+        given = [kwargs.pop(name) for name in names[:count]]
+        return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
@@ -88,6 +101,7 @@ def routed_class(
         "_ltd_base": slot_class,
         "_ltd_graph": graph,
         "_ltd_forward": _compile(graph),
+        "_ltd_positional": tuple(p.name for p in signature.parameters.values() if p.kind in _POSITIONAL),
         "_ltd_arguments": arguments,
     }
     metaclass: Any = type(slot_class)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.counts import count_layers
 from ltd_fx.errors import LTDError
@@ -247,24 +246,3 @@ def record(function: Callable[..., None], *args: Any) -> None:
 def is_recomputing() -> bool:
     """Whether the code runs within a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def no_graph(function: Any) -> None:
-    """Have ``torch.compile`` leave ``function`` alone where it is called by itself.
-
-    ``torch.compile(model)`` runs the root's hooks, and what they call, in frames of their own, outside the model's: not
-    worth a graph. Where the root is inlined into a larger program they are traced.
-    """
-    torch._dynamo.eval_frame.skip_code(function.__code__)
-
-
-def add_root_hook(root: nn.Module, hook: Any) -> RemovableHandle:
-    """Register a forward pre-hook ``(root, args, kwargs)`` that is no graph of its own."""
-    no_graph(hook)
-    return root.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def add_closing_hook(root: nn.Module, hook: Any) -> RemovableHandle:
-    """Register a forward hook ``(root, args, output)`` that is no graph of its own."""
-    no_graph(hook)
-    return root.register_forward_hook(hook)

@@ -8,12 +8,13 @@ from torch import nn
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.find import find_layers
+from ltd_fx.hooks import add_root_hook
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.lowering import register_inductor_decompositions
 from ltd_fx.patterns import align_attention_mask, find_pattern_maybe
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import RoutedLayer, routed_class, swap_class
-from ltd_fx.state import RouteState, add_root_hook
+from ltd_fx.state import RouteState
 from ltd_fx.weights import clean_state_dict, without_components
 
 _COMPONENT = "random_ltd_layer"
