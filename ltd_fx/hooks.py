@@ -78,7 +78,7 @@ def check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def check_routes(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook: every route came to its end, or the output has the kept tokens only."""
     for site in root.__dict__[REWRITE].sites:
-        if site.span is not None and site.span.open:
+        if site.span is not None and site.span.draw is not None:
             site.span.close()
             raise LTDError(
                 f"ltd_fx: the forward left the route of {site.name} without its last layer (LayerDrop?), so dropped "

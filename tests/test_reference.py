@@ -25,7 +25,7 @@ def captured_call(model: nn.Module, layer: nn.Module, inputs: dict[str, Any]) ->
     ((args, kwargs),) = calls
     names = list(inspect.signature(layer.forward).parameters)
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    return named.pop(names[0]), {name: value for name, value in named.items() if name != "past_key_values"}
+    return named.pop(names[0]), {name: value for name, value in named.items() if name not in ("cache", "past_key_values")}
 
 
 def block_keys(mask: Tensor | None, kept: Tensor, causal: bool) -> Tensor:
@@ -47,12 +47,11 @@ def compare(name: str, case: Case, inputs: dict[str, Any], length: int | None, m
     ltd_fx.transform(model, scheduler, **options)
     with torch.no_grad():
         model(**inputs)
+    ours = hidden.clone().requires_grad_()
+    output = layer(ours, **kwargs)
     indices = ltd_fx.sampled_indices(model)[f"{case.layers}.1"]
     kept = torch.zeros(hidden.shape[:2], dtype=torch.bool).scatter(1, indices, True)
     assert kept.sum(1).eq(length or case.seq_len // 2).all()
-
-    ours = hidden.clone().requires_grad_()
-    output = layer(ours, **kwargs)
     theirs = hidden.clone().requires_grad_()
     blocked = block_keys(kwargs.pop(mask_name, None), kept, name in CAUSAL)
     reference = dense(theirs, **kwargs, **{mask_name: blocked})
@@ -136,10 +135,9 @@ def test_transformer_encoder_layer(batch_first: bool, causal: bool, sampling: st
     stream = hidden if batch_first else hidden.transpose(0, 1)
     float_padding = torch.zeros(BATCH, SEQ).masked_fill(padding, -torch.inf)
     model(stream, mask=mask, src_key_padding_mask=float_padding, is_causal=causal)
+    output = model.layers[1](stream, src_mask=mask, src_key_padding_mask=float_padding, is_causal=causal)
     indices = ltd_fx.sampled_indices(model)["layers.1"]
     kept = torch.zeros(BATCH, SEQ, dtype=torch.bool).scatter(1, indices, True)
-
-    output = model.layers[1](stream, src_mask=mask, src_key_padding_mask=float_padding, is_causal=causal)
     reference = dense(stream, src_mask=mask, src_key_padding_mask=float_padding.masked_fill(~kept, -torch.inf))
     if not batch_first:
         output, reference = output.transpose(0, 1), reference.transpose(0, 1)

@@ -94,14 +94,20 @@ def test_a_skipped_layer(skip: str) -> None:
 
 def test_a_layer_within_the_route_may_be_skipped() -> None:
     model = routed()
+    model(STREAM)
     model.skipped = {3}
     model(STREAM).sum().backward()
-    dropped = torch.ones(2, 12, dtype=torch.bool).scatter(1, ltd_fx.sampled_indices(model)["blocks.1"], False)
-    model.eval().skipped = {1, 2, 3, 4}  # what dropped tokens go through
-    untouched = model(STREAM)
-    model.train().skipped = {3}
-    model._ltd_rewrite.state.set_forward(0)
-    torch.testing.assert_close(model(STREAM)[dropped].shape, untouched[dropped].shape)
+    rows = ltd_fx.sampled_indices(model)["blocks.1"]
+    seen = torch.zeros(2, 12, dtype=torch.bool).scatter(1, rows, True)
+    plain = ltd_fx.restore(model)
+    given = kept = plain.blocks[0](STREAM)
+    for i in (1, 2, 4):
+        kept = plain.blocks[i](kept, src_key_padding_mask=~seen)
+    expected = plain.norm(plain.blocks[5](torch.where(seen[..., None], kept, given)))
+    model = routed()
+    model(STREAM)
+    model.skipped = {3}
+    torch.testing.assert_close(model(STREAM), expected)
 
 
 @pytest.mark.parametrize("examples", [{}, {"example_inputs": (STREAM,)}])
