@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from ltd_fx.torch_private import pytree
 
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}
 
@@ -17,8 +18,8 @@ def likeness(slot: nn.Module) -> Any:
         (
             name,
             type(module),
-            tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
-            tuple((n, _content(b)) for n, b in module._buffers.items() if b is not None),
+            tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
+            tuple((n, _content(b)) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
             tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in _NUMBERS and _is_plain(v)),
         )
         for name, module in slot.named_modules()

@@ -18,6 +18,7 @@ from ltd_fx.proof import prove
 from ltd_fx.report import RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.state import Protect, RouteState
+from ltd_fx.torch_private import ORIG_MOD
 
 _SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,7 +87,7 @@ def transform(
     """
     if find_rewrite_maybe(model) is not None:
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, ORIG_MOD):
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
     if sampling not in _SAMPLING:
         raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(_SAMPLING)}, got {sampling!r}")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ltd_fx.errors import LTDError
 from ltd_fx.observe import Call
+from ltd_fx.torch_private import pytree
 
 LAYER = "_ltd_layer"
 ARGS, KWARGS = "_ltd_args", "_ltd_kwargs"

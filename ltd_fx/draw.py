@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
 from ltd_fx.span import Span
-from ltd_fx.state import RouteState, is_recomputing, record
+from ltd_fx.state import RouteState, record
+from ltd_fx.torch_private import at_compile_time, constant_local_maybe, in_backward
 
 # Between the numbers of a layer's calls in one forward; no model has as many layers.
 _CALL = 1 << 16
@@ -73,7 +74,7 @@ class Site:
 
         """
         if not torch.compiler.is_compiling():
-            if is_recomputing():
+            if in_backward():
                 self.state.guard_recompute(True)
                 if self._earlier:
                     raise LTDError(
@@ -234,7 +235,7 @@ def rank_tokens(
 
 def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:
     if torch.compiler.is_compiling():  # where neither warnings nor flags can be traced: warn while compiling, once
-        torch._dynamo.comptime.comptime(_warn_while_compiling)
+        at_compile_time(_warn_while_compiling)
     elif not state.warned:
         state.warned = True
         warnings.warn(_NEVER_DENSE.format(seq_len, max_length), stacklevel=2)
@@ -247,7 +248,5 @@ _NEVER_DENSE = (
 
 
 def _warn_while_compiling(context: Any) -> None:
-    names = ("seq_len", "max_length")
-    seq_len, max_length = (context.get_local(name) for name in names)
-    length = seq_len.as_python_constant() if seq_len.is_python_constant() else "more"
-    warnings.warn(_NEVER_DENSE.format(length, max_length.as_python_constant()), stacklevel=2)
+    seq_len, max_length = (constant_local_maybe(context, name) for name in ("seq_len", "max_length"))
+    warnings.warn(_NEVER_DENSE.format("more" if seq_len is None else seq_len, max_length), stacklevel=2)

@@ -10,9 +10,9 @@ from torch import nn
 from ltd_fx.errors import LTDError
 from ltd_fx.layer_pattern import LayerPattern
 from ltd_fx.patterns import find_pattern_maybe, is_known
+from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
     modules = dict(model.named_modules())
     stacks: dict[str, list[Layer]] = {}
     for name in find_layers(model, layers):
-        slot = name.removesuffix("." + _CHECKPOINT_WRAPPER)
-        inner = f"{slot}.{_CHECKPOINT_WRAPPER}"
+        slot = name.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
+        inner = f"{slot}.{CHECKPOINT_WRAPPED_MODULE}"
         module = modules[inner if inner in modules else slot]
         stack = slot.rpartition(".")[0]
         stacks.setdefault(stack, []).append(Layer(slot, modules[slot], module, find_pattern_maybe(module)))

@@ -12,6 +12,7 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
+from ltd_fx.torch_private import skip_code
 
 REWRITE = "_ltd_rewrite"  # the attribute of the root that holds its ``install.Rewrite``
 
@@ -22,7 +23,7 @@ def no_graph(function: Any) -> None:
     ``torch.compile(model)`` runs the root's hooks, and what they call, in frames of their own, outside the model's: not
     worth a graph. Where the root is inlined into a larger program they are traced.
     """
-    torch._dynamo.eval_frame.skip_code(function.__code__)
+    skip_code(function.__code__)
 
 
 def add_root_hook(root: nn.Module, hook: Any) -> RemovableHandle:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.capture import call_graph
@@ -33,6 +32,7 @@ from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import SITE, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
+from ltd_fx.torch_private import pytree
 
 
 @dataclass

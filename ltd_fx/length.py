@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ltd_fx.torch_private import mark_dynamic
+
 
 @cache
 def _ratio(share: float | None) -> tuple[int, int]:
@@ -44,7 +46,7 @@ class ReservedLength:
             return
         self._carrier = torch.empty(length, 0)
         if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
-            torch._dynamo.mark_dynamic(self._carrier, 0)
+            mark_dynamic(self._carrier, 0)
 
     def tokens(self, seq_len: int) -> int:
         """The reserved length for sequences of ``seq_len`` tokens; layers run dense where it is no less than that."""

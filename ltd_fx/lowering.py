@@ -12,6 +12,7 @@ from ltd_fx.ops import gather_rows, scatter_rows
 from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
 from ltd_fx.recompute import recompute_what_follows, recomputed
 from ltd_fx.sampling import sample
+from ltd_fx.torch_private import set_decompositions
 
 
 def _sample_in_graph(
@@ -58,20 +59,11 @@ def register_inductor_decompositions() -> None:
         LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
 
     """
-    from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
-
     lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
     if lowering not in ("fuse", "kernel"):
         raise LTDError(f"ltd_fx: LTD_FX_LOWERING must be fuse or kernel, got {lowering!r}")
     # The caches on disk do not know of decompositions: without a tag they would hand out the other lowering's graphs.
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag.replace(_KERNEL_TAG, "") + (_KERNEL_TAG if lowering == "kernel" else "")
-    if (torch.ops.ltd_fx.gather_tokens.default in decompositions) == (lowering == "fuse"):
-        return
-    for name, decomposition in _DECOMPOSITIONS.items():
-        op = getattr(torch.ops.ltd_fx, name).default
-        if lowering == "fuse":
-            register_decomposition([op])(decomposition)
-        else:
-            del decompositions[op]
-    fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one
+    table = {getattr(torch.ops.ltd_fx, name).default: function for name, function in _DECOMPOSITIONS.items()}
+    set_decompositions(table, active=lowering == "fuse")

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ltd_fx.errors import LTDError
 from ltd_fx.schedule import LTDScheduler
+from ltd_fx.torch_private import LR_SCHEDULER_STATE
 
 # Progress through the decay, in [0, 1], to the share of the way from the base rate down to the last one that is left.
 _DECAYS: dict[str, Callable[[float], float]] = {
@@ -17,7 +18,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda p: 1 - p,
 }
 _CONFIG = ("total_layer_tokens", "warmup_layer_tokens", "decay", "min_ratio")
-_STATE = (*_CONFIG, "base_lrs", "last_epoch", "_step_count", "_last_lr")
+_STATE = (*_CONFIG, *LR_SCHEDULER_STATE)
 
 
 class LayerTokenLR(LRScheduler):

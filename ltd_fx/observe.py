@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from ltd_fx.alike import shapes
 from ltd_fx.errors import LTDError
+from ltd_fx.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, pytree
 from ltd_fx.tree import map_tensors
 
 
@@ -58,7 +57,7 @@ def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
         LTDError: the forward fails.
 
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet("torch._subclasses.fake_tensor"):
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet(FAKE_TENSOR_LOG):
         args, kwargs = pytree.tree_map(
             lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device) if isinstance(s, TensorSpec) else s,
             (args, kwargs),

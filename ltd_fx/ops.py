@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltd_fx.errors import LTDError
 from ltd_fx.sampling import sample, sample_on_cpu
+from ltd_fx.torch_private import check_with
 
 lib = torch.library.Library("ltd_fx", "DEF")
 lib.define(
@@ -28,7 +29,7 @@ lib.define("scatter_tokens(Tensor hidden, Tensor indices, Tensor kept, bool batc
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:
-    torch._check_with(LTDError, condition, lambda: f"ltd_fx: {message()}")
+    check_with(LTDError, condition, lambda: f"ltd_fx: {message()}")
 
 
 # ---- arguments: what is checked in the kernels and under fake tensors alike

@@ -8,6 +8,7 @@ from torch import nn
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.site import SITE, RoutedLayer
+from ltd_fx.torch_private import child_slots
 
 _REMEDY = "call ltd_fx.restore(model) before changing its layers, and transform it again"
 
@@ -65,7 +66,7 @@ class Places:
         return {**self.__dict__, "_seen": None}
 
     def _identities(self) -> list[Any]:
-        children = [[id(child) for child in parent._modules.values()] for parent in self._parents]
+        children = [[id(child) for child in child_slots(parent).values()] for parent in self._parents]
         return [children, [(type(site.layer), site.layer.__dict__.get("forward")) for site in self._sites]]
 
 

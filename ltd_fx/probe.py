@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ltd_fx.errors import LTDError
 from ltd_fx.observe import Call, TensorSpec, is_stream
+from ltd_fx.torch_private import pytree
 
 # The decoder's side of an encoder-decoder, so that both lengths are told apart even where they are the same.
 _DECODER_SIDE = ("decoder", "labels", "tgt", "target")

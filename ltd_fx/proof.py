@@ -23,6 +23,7 @@ from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_pl
 from ltd_fx.report import Proof
 from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.state import RouteState
+from ltd_fx.torch_private import remove_hooks
 from ltd_fx.tree import items_of, leaves, map_tensors
 
 # Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
@@ -229,8 +230,7 @@ def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
     if isinstance(layer, RoutedLayer):
         swap_back(layer)
     for module in layer.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
-            hooks.clear()
+        remove_hooks(module)
     layer = layer.to(dtype).eval()
     pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0), dtype=dtype)
     with torch.no_grad():

@@ -11,8 +11,8 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils.checkpoint import CheckpointPolicy
+
+from ltd_fx.torch_private import OpOverload, must_recompute, traced_graph_maybe
 
 # in a node's meta
 _ALIGNED, _SEEN = "ltd_fx_aligned", "ltd_fx_seen"
@@ -21,11 +21,10 @@ _ALIGNED, _SEEN = "ltd_fx_aligned", "ltd_fx_seen"
 @contextmanager
 def recomputed() -> Iterator[None]:
     """Tag what is traced within for AOTAutograd's partitioner."""
-    mode = get_proxy_mode()
-    if mode is None:
+    graph = traced_graph_maybe()
+    if graph is None:
         yield
         return
-    graph = mode.tracer.graph
     before = len(graph.nodes)
     yield
     for node in list(graph.nodes)[before:]:
@@ -37,10 +36,10 @@ def recompute_what_follows() -> None:
 
     The partitioner, left to itself, saves what the backward hands to a kernel it cannot fuse with, such as attention.
     """
-    mode = get_proxy_mode()
-    if mode is None:
+    graph = traced_graph_maybe()
+    if graph is None:
         return
-    fresh = list(takewhile(lambda node: _SEEN not in node.meta, reversed(mode.tracer.graph.nodes)))
+    fresh = list(takewhile(lambda node: _SEEN not in node.meta, reversed(graph.nodes)))
     for node in reversed(fresh):
         node.meta[_SEEN] = True
         if _is_elementwise(node):
@@ -51,12 +50,12 @@ def recompute_what_follows() -> None:
 
 def _tag(node: fx.Node) -> None:
     node.meta[_ALIGNED] = True
-    node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)  # the user's own checkpointing comes first
+    must_recompute(node)
 
 
 def _is_elementwise(node: fx.Node) -> bool:
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in op.tags:
+    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded in op.tags:
         return False
     # attention pads its mask
     return torch.Tag.pointwise in op.tags or op.is_view or op is torch.ops.aten.constant_pad_nd.default

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+from ltd_fx.torch_private import SOFTMAXES, TO_COPY, TorchDispatchMode, is_grouped_mm, safe_softmax
+
 _FACTORIES = {
     overload
     for name in ("arange", "ones", "zeros", "full", "empty", "tril_indices", "linspace")
@@ -34,7 +34,7 @@ class PlainKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "").endswith("grouped_mm") and args[0].dtype == torch.float64:
+        if is_grouped_mm(func) and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -59,7 +59,7 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+    weights: Tensor = safe_softmax(scores, -1)
     return weights @ value
 
 
@@ -80,9 +80,9 @@ class Scores(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+        if func is TO_COPY and args[0].dtype == torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")}
-        if func not in _SOFTMAX:
+        if func not in SOFTMAXES:
             result = func(*args, **kwargs)
             if func in _FACTORIES:
                 self.counted |= self.length in result.shape

@@ -14,6 +14,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
 from ltd_fx.ranks import draw_rank, refuse_differences
 from ltd_fx.sampling import draw_key
+from ltd_fx.torch_private import allow_side_effects
 
 if TYPE_CHECKING:
     from ltd_fx.draw import Site
@@ -238,11 +239,6 @@ def record(function: Callable[..., None], *args: Any) -> None:
     it. What is written here is the same then.
     """
     if torch.compiler.is_compiling():
-        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+        allow_side_effects(function, *args)
     else:
         function(*args)
-
-
-def is_recomputing() -> bool:
-    """Whether the code runs within a backward pass."""
-    return torch._C._current_graph_task_id() != -1

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.ranks import gather
+from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE, FSDP_WRAPPED_MODULE, ORIG_MOD
 
 _ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, DeepSpeed's random-LTD.
-_WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "random_ltd_layer"))
+_WRAPPERS = frozenset((ORIG_MOD, CHECKPOINT_WRAPPED_MODULE, FSDP_WRAPPED_MODULE, "random_ltd_layer"))
 
 
 def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
@@ -182,8 +183,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, tuple(wrappers)):
             model = model.get_submodule("module")
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
+        elif ORIG_MOD in dict(model.named_children()):
+            model = model.get_submodule(ORIG_MOD)
         else:
             break
     for name, p in model.named_parameters():

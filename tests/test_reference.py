@@ -25,7 +25,9 @@ def captured_call(model: nn.Module, layer: nn.Module, inputs: dict[str, Any]) ->
     ((args, kwargs),) = calls
     names = list(inspect.signature(layer.forward).parameters)
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    return named.pop(names[0]), {name: value for name, value in named.items() if name not in ("cache", "past_key_values")}
+    return named.pop(names[0]), {
+        name: value for name, value in named.items() if name not in ("cache", "past_key_values")
+    }
 
 
 def block_keys(mask: Tensor | None, kept: Tensor, causal: bool) -> Tensor:

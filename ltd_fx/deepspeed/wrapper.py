@@ -184,7 +184,7 @@ def save_without_random_ltd(model: nn.Module) -> dict[str, Any]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """What a wrapper holds as its only child ``module``, as DDP and DeepSpeed's engine do."""
-    return model.get_submodule("module") if list(model._modules) == ["module"] else model
+    return model.get_submodule("module") if [name for name, _ in model.named_children()] == ["module"] else model
 
 
 def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,13 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ltd_fx.draw import Draw, Site, hidden_shape
 from ltd_fx.passes.locate import CallSite, call_sites
+from ltd_fx.torch_private import fake_mode_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def _check_values(call: CallSite, site: Site) -> None:
         return
     state = site.state
     keep = max(seq_len // 2, min(state.protected, seq_len))
-    with hidden.fake_mode if isinstance(hidden, FakeTensor) else nullcontext():
+    with fake_mode_of(hidden):
         indices = torch.arange(keep, device=hidden.device).expand(1 if state.shared else batch, keep)
         draw = Draw(site, indices, batch, seq_len, state.protected)
         for node in call.draw.users:

@@ -1,0 +1,194 @@
+"""Every private or undocumented name of torch that the package uses. No other file names one.
+
+Each has a test of its name in ``tests/test_torch_private.py``, which says what it must mean. All were seen in torch
+2.11.0, 2.13.0 and 2.14.1, where those tests pass; none of these has a public name that does the same, unless it is said
+below. ``torch._dynamo`` and ``torch._inductor`` load when a function here needs them, not on import.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # whether torch.func is at work: such a tensor is not kept
+from torch._ops import OpOverload  # the class of operators such as torch.ops.aten.add.Tensor; has `is_view`, `tags`
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # forwards that compute shapes alone
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree as pytree  # arguments as trees; torch.utils.pytree is in none of these versions
+from torch.utils._python_dispatch import TorchDispatchMode  # sees each operator below autograd
+from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.module_tracker import ModuleTracker
+
+__all__ = [
+    "CHECKPOINT_WRAPPED_MODULE",
+    "FAKE_TENSOR_LOG",
+    "FSDP_WRAPPED_MODULE",
+    "LR_SCHEDULER_STATE",
+    "ORIG_MOD",
+    "SOFTMAXES",
+    "TO_COPY",
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "allow_side_effects",
+    "at_compile_time",
+    "check_with",
+    "child_slots",
+    "constant_local_maybe",
+    "fake_mode_of",
+    "in_backward",
+    "is_functorch_wrapped_tensor",
+    "is_grouped_mm",
+    "mark_dynamic",
+    "must_recompute",
+    "pytree",
+    "remove_hooks",
+    "safe_softmax",
+    "set_decompositions",
+    "skip_code",
+    "traced_graph_maybe",
+]
+
+# ---- fake tensors
+
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
+"""The logger to which an operator that fails on fake tensors is written, although it raises too."""
+
+
+def fake_mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """The mode in which new tensors go together with ``tensor``: its own where it is fake, else none."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else nullcontext()
+
+
+# ---- operators
+
+SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+"""What every softmax comes to under a :class:`TorchDispatchMode`; the second is that of attention."""
+
+safe_softmax = torch.ops.aten._safe_softmax
+"""A softmax over ``dim`` that gives zeros, not NaN, where all is -inf: a query to which the mask leaves no key."""
+
+TO_COPY = torch.ops.aten._to_copy.default
+"""What a change of dtype or device comes to under a :class:`TorchDispatchMode`."""
+
+check_with = torch._check_with
+"""``(error, condition, message)``: raise ``error(message())`` unless the condition holds. One on a size that is only
+known at run time is kept for then. ``torch._check``, which is documented, raises no error of ours."""
+
+
+def is_grouped_mm(func: Any) -> bool:
+    """Whether a ``TorchFunctionMode`` was called for the matmul of a mixture of experts.
+
+    ``torch.nn.functional.grouped_mm`` is public, but shows up as the private function that it calls.
+    """
+    return getattr(func, "__name__", "").endswith("grouped_mm")
+
+
+# ---- autograd
+
+_tracker = ModuleTracker()
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine is at work in this thread, as when a checkpointed layer is computed again.
+
+    Public in name (for ``torch._C._current_graph_task_id() != -1``), while its documentation promises less.
+    """
+    return bool(_tracker.is_bw)
+
+
+# ---- Dynamo
+
+
+def skip_code(code: Any) -> None:
+    """Have Dynamo leave a function's own frame alone, which would count as a graph.
+
+    Where it is inlined it is traced, unlike after ``torch.compiler.disable``, which breaks the graph there.
+    """
+    torch._dynamo.eval_frame.skip_code(code)
+
+
+def allow_side_effects(function: Callable[..., None], *args: Any) -> None:
+    """In a function that Dynamo traces: call ``function``, which may write to what is outside, also in a checkpoint.
+
+    There Dynamo refuses such writes, since the backward repeats them.
+    """
+    torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Have compiled graphs read the size of ``dim`` rather than be compiled again for each."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def at_compile_time(function: Callable[[Any], None]) -> None:
+    """In a function that Dynamo traces: call ``function(context)`` at once, leaving nothing in the graph."""
+    torch._dynamo.comptime.comptime(function)
+
+
+def constant_local_maybe(context: Any, name: str) -> Any:
+    """A local of the function that called :func:`at_compile_time`; ``None`` where the graph takes it as an input."""
+    value = context.get_local(name, stacklevel=1)  # from at_compile_time's own frame, one up
+    return value.as_python_constant() if value.is_python_constant() else None
+
+
+# ---- AOTAutograd and Inductor
+
+
+def traced_graph_maybe() -> fx.Graph | None:
+    """In a decomposition: the graph that is being traced, at whose end are the nodes traced so far."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+def must_recompute(node: fx.Node) -> None:
+    """Have AOTAutograd's partitioner compute the node again in the backward, rather than save it for then."""
+    # the user's own checkpointing comes first
+    node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+
+
+def set_decompositions(table: Mapping[OpOverload, Callable[..., Any]], *, active: bool) -> None:
+    """Have Inductor trace the functions of ``table`` in place of its operators; or, not ``active``, call the operators.
+
+    Takes effect for what is compiled from now on. Harmless to repeat.
+    """
+    from torch._inductor.decomposition import decompositions, fast_random_decomps, register_decomposition
+
+    if all((op in decompositions) == active for op in table):
+        return
+    for op, decomposition in table.items():
+        decompositions.pop(op, None)
+        if active:
+            register_decomposition([op])(decomposition)
+    fast_random_decomps.cache_clear()  # its copy of the table, made at the first compile if there was one
+
+
+# ---- nn.Module, and what is wrapped around one
+
+
+def child_slots(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children by name, under every name and where there is none; ``named_children`` leaves these out."""
+    return module._modules
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take all hooks off a module whose handles are not at hand, such as a copy. Not those of its parameters."""
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    ):
+        hooks.clear()
+
+
+# The child that holds the module itself within torch.compile's, activation checkpointing's and FSDP1's wrapper.
+ORIG_MOD = "_orig_mod"
+CHECKPOINT_WRAPPED_MODULE = "_checkpoint_wrapped_module"
+FSDP_WRAPPED_MODULE = "_fsdp_wrapped_module"
+
+# ---- learning rates
+
+LR_SCHEDULER_STATE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
+"""The attributes of an ``LRScheduler`` that a run resumes from; its ``state_dict`` adds all that a subclass has."""
