@@ -127,9 +127,10 @@ def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _form(inputs: Any) -> Any:
-    """(args, kwargs) without values."""
-    flat, structure = pytree.tree_flatten(inputs)
-    return structure, tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in flat)
+    """(args, kwargs) without values: what is where, and the number of dimensions of tensors."""
+    flat, _ = pytree.tree_flatten_with_path(inputs)
+    kinds = ((path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf)) for path, leaf in flat)
+    return tuple((pytree.keystr(path), kind) for path, kind in kinds)
 
 
 def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
