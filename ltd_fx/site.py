@@ -22,6 +22,14 @@ SITE = "_ltd_site"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+def refuse_replicas(module: nn.Module) -> None:
+    """Raise :class:`LTDError`: ``nn.DataParallel`` runs replicas of a module in threads, on one state."""
+    raise LTDError(
+        "ltd_fx: nn.DataParallel replicates the transformed model, and its replicas would share draws and masks; use "
+        "nn.parallel.DistributedDataParallel, a process for each device, or call ltd_fx.restore(model) before"
+    )
+
+
 class RoutedLayer(nn.Module):
     """Mixin of the swapped-in classes."""
 
@@ -51,6 +59,8 @@ class RoutedLayer(nn.Module):
                 count = max(count, i + 1)
         given = [kwargs.pop(name) for name in names[:count]]
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
+
+    _replicate_for_data_parallel = refuse_replicas
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
