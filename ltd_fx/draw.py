@@ -215,14 +215,23 @@ def rank_tokens(
 ) -> Tensor | None:
     """``[B | 1, S]`` int64: -1 for tokens that are kept first (protected), 1 for those dropped first (padding), else 0.
 
-    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; another shape is of another stack.
+    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; with another S it is of another stack.
+
+    Raises:
+        LTDError: the mask is of another batch size, or ``protect`` returns no mask of its positions.
+
     """
     protect = state.protect
     if protect is None:
         return None
     if isinstance(protect, str):
-        if mask is None or mask.shape != (batch, seq_len):
+        if mask is None or mask.shape[1] != seq_len:
             return None
+        if mask.shape[0] != batch:
+            raise LTDError(
+                f"ltd_fx: protect={protect!r} names a mask of {mask.shape[0]} sequences, but hidden states have "
+                f"{batch}; give the model a mask with a row for each, or transform it with protect=None"
+            )
         padding = mask.to(device) == 0
         # one draw for the batch drops first what is padding in every sequence
         return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
