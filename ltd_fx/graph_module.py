@@ -13,7 +13,7 @@ from ltd_fx.find import Layer
 from ltd_fx.hooks import REWRITE, add_forward_hooks
 from ltd_fx.layer_pattern import forward_signature
 from ltd_fx.passes import Target, rewrite
-from ltd_fx.site import SITE, refuse_replicas
+from ltd_fx.site import SITE, refuse_replicas, refuse_scripting
 
 
 def targets_of(layers: list[Layer]) -> dict[str, Target]:
@@ -109,4 +109,5 @@ _METHODS = {
     "__copy__": _copy,
     "__reduce__": _reduce,
     "_replicate_for_data_parallel": refuse_replicas,
+    "__prepare_scriptable__": refuse_scripting,
 }

@@ -30,6 +30,14 @@ def refuse_replicas(module: nn.Module) -> None:
     )
 
 
+def refuse_scripting(module: nn.Module) -> None:
+    """Raise :class:`LTDError`: TorchScript compiles Python code, which for a routed layer is not all that runs."""
+    raise LTDError(
+        "ltd_fx: torch.jit.script cannot compile a transformed model; call ltd_fx.restore(model) before, or "
+        "torch.jit.trace in eval mode"
+    )
+
+
 class RoutedLayer(nn.Module):
     """Mixin of the swapped-in classes."""
 
@@ -61,6 +69,7 @@ class RoutedLayer(nn.Module):
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
 
     _replicate_for_data_parallel = refuse_replicas
+    __prepare_scriptable__ = refuse_scripting
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""

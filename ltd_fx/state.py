@@ -151,6 +151,19 @@ class RouteState:
         self.key = self.key + 1
         self._grad = True
 
+    def refuse_cache(self, name: str) -> None:
+        """Raise :class:`LTDError`: ``name`` is given a key-value cache with tokens in training.
+
+        Unless no layer drops any: the cache of a routed layer has the tokens only that it kept.
+        """
+        whole = None if self.scheduler is None else self.scheduler.max_length
+        if whole is not None and all((length.published or 0) >= whole for length in self.lengths.values()):
+            return
+        raise LTDError(
+            f"ltd_fx: {name} is given a key-value cache with tokens in training mode, of which routed layers would "
+            "have those only that they kept; call model.eval() before generating, and train without a cache"
+        )
+
     def end_forward(self) -> None:
         """A training forward of the root is over."""
         self.under_way = False
