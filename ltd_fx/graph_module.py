@@ -14,6 +14,7 @@ from ltd_fx.hooks import REWRITE, add_forward_hooks
 from ltd_fx.layer_pattern import forward_signature
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.site import SITE, refuse_replicas, refuse_scripting
+from ltd_fx.torch_private import REPLICATE
 
 
 def targets_of(layers: list[Layer]) -> dict[str, Target]:
@@ -108,6 +109,6 @@ _METHODS = {
     "__deepcopy__": _deepcopy,
     "__copy__": _copy,
     "__reduce__": _reduce,
-    "_replicate_for_data_parallel": refuse_replicas,
+    REPLICATE: refuse_replicas,
     "__prepare_scriptable__": refuse_scripting,
 }

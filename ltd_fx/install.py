@@ -32,7 +32,7 @@ from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import refuse_replicas, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
-from ltd_fx.torch_private import pytree
+from ltd_fx.torch_private import is_replica, pytree
 
 
 @dataclass
@@ -113,7 +113,7 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Forward pre-hook of a model whose patterns are to be inferred."""
     if not root.training:
         return
-    if getattr(root, "_is_replica", False):
+    if is_replica(root):
         refuse_replicas(root)
     if torch.compiler.is_compiling():
         raise LTDError(

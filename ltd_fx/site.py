@@ -16,6 +16,7 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.passes import Target, rewrite
+from ltd_fx.torch_private import REPLICATE
 from ltd_fx.tree import leaves
 
 SITE = "_ltd_site"
@@ -68,12 +69,14 @@ class RoutedLayer(nn.Module):
         given = [kwargs.pop(name) for name in names[:count]]
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
 
-    _replicate_for_data_parallel = refuse_replicas
     __prepare_scriptable__ = refuse_scripting
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
         return _rebuild, type(self)._ltd_arguments, self.__dict__
+
+
+setattr(RoutedLayer, REPLICATE, refuse_replicas)
 
 
 def _rebuild(*arguments: Any) -> nn.Module:
