@@ -5,13 +5,14 @@ from ltd_fx.align import Aligned
 from ltd_fx.api import check_ranks, compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
+from ltd_fx.keys import clean_state_dict
 from ltd_fx.layer_pattern import LayerPattern
 from ltd_fx.lr import LayerTokenLR
 from ltd_fx.patterns import register_pattern
 from ltd_fx.report import CallSite, Proof, RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.version import __version__
-from ltd_fx.weights import clean_state_dict, load_clean, save_clean
+from ltd_fx.weights import load_clean, save_clean
 
 __all__ = [
     "Aligned",

@@ -12,6 +12,7 @@ from ltd_fx import lowering, replay
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layers, find_stacks
 from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
+from ltd_fx.keys import held_by
 from ltd_fx.observe import observe_values, split_inputs
 from ltd_fx.plan import Route, plan
 from ltd_fx.proof import prove
@@ -87,7 +88,7 @@ def transform(
     """
     if find_rewrite_maybe(model) is not None:
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
-    if hasattr(model, ORIG_MOD):
+    if held_by(model) == ORIG_MOD:
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
     if sampling not in _SAMPLING:
         raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(_SAMPLING)}, got {sampling!r}")

@@ -4,7 +4,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
@@ -152,11 +152,13 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     """The site's draw for ``hidden``, or ``None`` where the layer runs dense: in eval, or at full reserved length.
 
     Raises:
-        LTDError: ``hidden`` is not a plain 3-D floating-point tensor; ``torch.export`` in training mode; decoding
-            with a key-value cache in training mode.
+        LTDError: ``hidden`` is not a plain 3-D floating-point tensor; ``torch.export`` or ``torch.jit.trace`` in
+            training mode, ``torch.fx.symbolic_trace`` in any; a key-value cache with tokens in training mode.
 
     """
     state = site.state
+    if isinstance(hidden, fx.Proxy):
+        _refuse_tracing(site)
     if site.fixed is not None:
         return Draw(site, site.fixed, *hidden_shape(site, hidden, batch_first), state.protected)
     if not site.layer.training:
@@ -172,10 +174,10 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
         record(site._set_drawn, batch, seq_len, seq_len)
         return None
     record(site._set_drawn, batch, seq_len, keep)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise LTDError(
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
-            "program; call model.eval() before torch.export"
+            "program; call model.eval() before torch.export or torch.jit.trace"
         )
     indices = _indices(site, hidden, batch, seq_len, keep)
     # under torch.compile equal gathers are one anyway
@@ -184,14 +186,22 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
 
 
 def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
-    """Decoding in training mode: the cache of a routed layer lacks the tokens that were dropped from the prompt."""
-    if cache is None or torch.is_grad_enabled() or not hasattr(cache, "get_seq_length"):
+    """A cache of tokens from before this forward, an object of transformers or a tuple of keys and values."""
+    if cache is None:
         return
-    if cache.get_seq_length() > seq_len:
-        raise LTDError(
-            f"ltd_fx: {site.name}: decoding with a key-value cache in training mode would attend to the kept tokens "
-            "only; call model.eval() before generating"
-        )
+    if isinstance(cache, (tuple, list)):
+        before = any(isinstance(value, Tensor) for value in cache)
+    else:  # a dense first layer has put this forward's tokens there already
+        before = hasattr(cache, "get_seq_length") and cache.get_seq_length() > seq_len
+    if before:
+        site.state.refuse_cache(site.name)
+
+
+def _refuse_tracing(site: Site) -> None:
+    raise LTDError(
+        f"ltd_fx: {site.name}: torch.fx.symbolic_trace cannot record which tokens a layer keeps; trace the model "
+        "first, then give the fx.GraphModule to ltd_fx.transform"
+    )
 
 
 def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
@@ -215,14 +225,23 @@ def rank_tokens(
 ) -> Tensor | None:
     """``[B | 1, S]`` int64: -1 for tokens that are kept first (protected), 1 for those dropped first (padding), else 0.
 
-    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; another shape is of another stack.
+    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; with another S it is of another stack.
+
+    Raises:
+        LTDError: the mask is of another batch size, or ``protect`` returns no mask of its positions.
+
     """
     protect = state.protect
     if protect is None:
         return None
     if isinstance(protect, str):
-        if mask is None or mask.shape != (batch, seq_len):
+        if mask is None or mask.shape[1] != seq_len:
             return None
+        if mask.shape[0] != batch:
+            raise LTDError(
+                f"ltd_fx: protect={protect!r} names a mask of {mask.shape[0]} sequences, but hidden states have "
+                f"{batch}; give the model a mask with a row for each, or transform it with protect=None"
+            )
         padding = mask.to(device) == 0
         # one draw for the batch drops first what is padding in every sequence
         return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)

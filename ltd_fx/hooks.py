@@ -42,7 +42,7 @@ def add_forward_hooks(
     root: nn.Module, *, before: tuple[Any, ...] = (), after: tuple[Any, ...] = ()
 ) -> tuple[RemovableHandle, ...]:
     """The hooks of every transformed model; ``before`` and ``after`` come first."""
-    for called in (RouteState.begin_forward, RouteState.end_forward, Site.begin_forward):
+    for called in (RouteState.begin_forward, RouteState.end_forward, Site.begin_forward, _refuse_cache):
         no_graph(called)
     return (
         *(add_root_hook(root, hook) for hook in (*before, _begin_forward)),
@@ -54,11 +54,19 @@ def _begin_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Forward pre-hook: a new key, and nothing drawn yet."""
     if root.training:
         rewrite = root.__dict__[REWRITE]
+        _refuse_cache(rewrite.state, args, kwargs)
         rewrite.state.begin_forward(root, args, kwargs)
         for site in rewrite.sites:
             site.begin_forward()
             if site.span is not None:
                 site.span.close()  # a forward that failed may have left it open
+
+
+def _refuse_cache(state: RouteState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what routed layers would refuse deep within the forward (of ``generate``, most often)."""
+    for value in (*args, *kwargs.values()):
+        if hasattr(value, "get_seq_length") and value.get_seq_length() > 0:
+            state.refuse_cache(state.root)
 
 
 def _end_forward(root: nn.Module, args: Any, output: Any) -> None:

@@ -22,6 +22,8 @@ class LTDCallback(TrainerCallback, ExportableState):
     - Its state is in the checkpoints' ``trainer_state.json``. ``train(resume_from_checkpoint=...)`` goes on with the
       same lengths and the same draws; a checkpoint saved without this callback sets the scheduler to its step, with a
       warning. Any other ``train()`` goes on from the scheduler's current step.
+    - Where ``auto_find_batch_size`` begins again with smaller batches, the scheduler and the draws go back to where
+      ``train()`` began.
 
     Evaluation is dense, and what the trainer saves has the untransformed model's keys.
 
@@ -33,12 +35,15 @@ class LTDCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self._scheduler: LTDScheduler | None = None
+        # while training: the trainer's batch size, and the scheduler's state at the start
+        self._begun: tuple[int, dict[str, Any]] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _, scheduler = find_scheduler(kwargs["model"])
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_process = (args.auto_find_batch_size and state.train_batch_size) or args.train_batch_size
+        batch = per_process * args.gradient_accumulation_steps * args.world_size
         if scheduler.global_batch_size not in (None, batch):
             warnings.warn(
                 f"LTDCallback: a step of this trainer has {batch} sequences, but layer tokens are counted for "
@@ -58,6 +63,14 @@ class LTDCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
             scheduler.set_step(state.global_step)
+        elif self._begun is not None and per_process < self._begun[0]:
+            scheduler.load_state_dict(self._begun[1])
+        self._begun = (per_process, scheduler.state_dict())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

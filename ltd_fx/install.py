@@ -13,6 +13,7 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.examine import Examination
 from ltd_fx.find import Layer
+from ltd_fx.graph_module import route_graph, targets_of, unroute_graph
 from ltd_fx.hooks import (
     REWRITE,
     add_forward_hooks,
@@ -22,17 +23,16 @@ from ltd_fx.hooks import (
     refuse_unlearnt,
     watch_routes,
 )
-from ltd_fx.layer_pattern import LayerPattern, forward_signature
+from ltd_fx.layer_pattern import LayerPattern
 from ltd_fx.observe import split_inputs
-from ltd_fx.passes import Target
 from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.site import SITE, routed_class, swap_back, swap_class
+from ltd_fx.site import refuse_replicas, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
-from ltd_fx.torch_private import pytree
+from ltd_fx.torch_private import is_replica, pytree
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Rewrite:
     forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
+    copied: bool = False  # by copy.deepcopy: the scheduler drives the original still
 
     def report(self) -> RewriteReport:
         graphs = {site.name: getattr(site.layer, "_ltd_graph", self.graph) for site in self.sites}
@@ -56,7 +57,13 @@ class Rewrite:
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: the recorded graph holds fake tensors and is only for reading."""
-        return {**self.__dict__, "graph": None}
+        return {**self.__dict__, "graph": None, "copied": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rewrite":
+        other = object.__new__(Rewrite)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo), copied=True)
+        return other
 
 
 def attach(
@@ -106,6 +113,8 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Forward pre-hook of a model whose patterns are to be inferred."""
     if not root.training:
         return
+    if is_replica(root):
+        refuse_replicas(root)
     if torch.compiler.is_compiling():
         raise LTDError(
             "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
@@ -122,7 +131,7 @@ def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     form = _form((args, kwargs))
     if form not in rewrite.forms:
         calls = torch.compiler.disable(Examination)(root, rewrite.layers, (args, kwargs)).calls
-        rewrite_graph(call_graph(calls), _targets(rewrite.layers))
+        rewrite_graph(call_graph(calls), targets_of(rewrite.layers))
         rewrite.forms.add(form)
 
 
@@ -153,16 +162,12 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
         graph = call_graph(examination.calls)
     sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
-    targets = _targets(layers)
+    targets = targets_of(layers)
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
     if isinstance(model, fx.GraphModule):
-        original, graph = model.graph, copy.deepcopy(model.graph)
-        graph.owning_module = None  # the passes name attributes that the module is given only after they succeed
-        rewrite_graph(graph, targets)
-        for site, target in zip(sites, targets.values(), strict=True):
-            setattr(model, target.site, site)
-        model.graph, rewrite.original = graph, original
+        rewrite.original = route_graph(model, targets, sites)
+        graph = model.graph
     else:
         classes = [
             routed_class(type(layer.slot), type(layer.module), known(layer), layer.enters, layer.leaves)
@@ -195,15 +200,6 @@ def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> lis
     return sites
 
 
-def _targets(layers: list[Layer]) -> dict[str, Target]:
-    """What the passes are told of the layers, by name."""
-    found = {}
-    for i, layer in enumerate(layers):
-        signature, way = forward_signature(type(layer.module)), (layer.route, layer.enters, layer.leaves)
-        found[layer.name] = Target(layer.name, f"{SITE}_{i}", signature, known(layer), *way)
-    return found
-
-
 def known(layer: Layer) -> LayerPattern:
     """The layer's pattern, which by now there is."""
     assert layer.pattern is not None
@@ -215,23 +211,22 @@ def uninstall(model: nn.Module) -> None:
     root, done = find_rewrite(model)
     if done.original is not None:
         assert isinstance(root, fx.GraphModule)
-        root.graph = done.original
-        for i in range(len(done.sites)):
-            delattr(root, f"{SITE}_{i}")
+        unroute_graph(root, done.original)
     else:
         for site in done.sites:
             swap_back(site.layer)
     for hook in (*done.hooks, *done.pending):
         hook.remove()
+    done.hooks = ()  # for a copy.copy of the module, which shares layers and hooks with it
     del root.__dict__[REWRITE]
-    copied = bool(done.sites) and done.sites[0] not in done.state.sites  # copy.deepcopy: it drives the original still
-    if done.state.scheduler is not None and not copied:
+    if done.state.scheduler is not None and not done.copied:
         done.state.scheduler._attach(None)
 
 
 def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
     """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
-    return next(((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__), None)
+    found = ((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__)
+    return next(((m, rewrite) for m, rewrite in found if rewrite.hooks), None)
 
 
 def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.install import find_scheduler
+from ltd_fx.install import find_rewrite_maybe, find_scheduler
 from ltd_fx.lr import LayerTokenLR
 from ltd_fx.schedule import LTDScheduler
 
@@ -27,6 +27,8 @@ class LTDCallback(Callback):
     - Its state is in the checkpoints. ``fit(ckpt_path=...)`` goes on with the same lengths and the same draws; a
       checkpoint saved without this callback sets the scheduler to its ``global_step``, with a warning. Any other
       ``fit()`` goes on from the scheduler's current step.
+    - The tuner's trial runs (``scale_batch_size``, ``lr_find``) leave the schedule and the draws where they were. They
+      call no callbacks, so take no step of the schedule: have no ``LayerTokenLR`` in ``scale_batch_size``.
 
     Validation is dense, and the checkpoints have the untransformed model's keys.
 
@@ -38,9 +40,13 @@ class LTDCallback(Callback):
     """
 
     def __init__(self) -> None:
+        self._module: LightningModule | None = None
         self._scheduler: LTDScheduler | None = None
         self._optimizer: Any = None
         self._loaded: dict[str, Any] | None = None  # until training begins: the model may not be transformed yet
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._module, self._loaded = pl_module, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         root, scheduler = find_scheduler(pl_module)
@@ -65,12 +71,20 @@ class LTDCallback(Callback):
             pl_module.log_dict(self._scheduler.metrics())
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into a checkpoint: the scheduler's state, once training has begun."""
-        return {} if self._scheduler is None else self._scheduler.state_dict()
+        """What Lightning writes into a checkpoint: the scheduler's state, once the model is transformed."""
+        scheduler = self._find_maybe()
+        return {} if scheduler is None else scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; the scheduler has it when training begins."""
+        """Take the state of a checkpoint: now, and again when training begins, if the model is not transformed yet."""
         self._loaded = state_dict
+        scheduler = self._find_maybe()
+        if scheduler is not None:
+            scheduler.load_state_dict(state_dict)
+
+    def _find_maybe(self) -> LTDScheduler | None:
+        found = None if self._module is None else find_rewrite_maybe(self._module)
+        return None if found is None else found[1].state.scheduler
 
 
 def _optimizer_of(root: nn.Module, optimizers: Sequence[Any]) -> Any:

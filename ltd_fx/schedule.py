@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
+from ltd_fx.schedule_config import DIGEST, digest, refuse_other
 
 if TYPE_CHECKING:
     from ltd_fx.state import RouteState
@@ -57,6 +58,8 @@ class LTDScheduler:
         LTDError: for an argument out of range or an unknown kind.
 
     """
+
+    _digest: str | None = None  # of a callable's lengths, once asked for
 
     def __init__(
         self,
@@ -228,8 +231,12 @@ class LTDScheduler:
 
     def _config(self) -> dict[str, Any]:
         fields = ("min_length", "max_length", "total_steps", "multiple_of", "degree", "global_batch_size", "relative")
-        kind = getattr(self.kind, "__qualname__", repr(self.kind)) if callable(self.kind) else self.kind
-        return {"kind": kind, **{field: getattr(self, field) for field in fields}}
+        config = {"kind": self.kind, **{field: getattr(self, field) for field in fields}}
+        if callable(self.kind):
+            if self._digest is None:
+                self._digest = digest(self.length_at, self.total_steps)
+            config |= {"kind": getattr(self.kind, "__qualname__", type(self.kind).__qualname__), DIGEST: self._digest}
+        return config
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that resume the schedule and, once attached, the very same draws."""
@@ -252,16 +259,7 @@ class LTDScheduler:
         if not isinstance(state_dict["config"], Mapping):
             raise LTDError(f"LTDScheduler: the state_dict's config is not a mapping: {state_dict['config']!r}")
         _integer("step", state_dict["step"], 0)
-        ours, theirs = self._config(), state_dict["config"]
-        for field in sorted(ours.keys() | theirs.keys(), key=str):
-            if field not in ours or field not in theirs:
-                what = f"has the unknown field {field!r}" if field in theirs else f"lacks the field {field!r}"
-                raise LTDError(f"LTDScheduler: the state_dict's config {what}; it is of another version, or damaged")
-            if ours[field] != theirs[field]:
-                raise LTDError(
-                    f"LTDScheduler: the state_dict has {field}={theirs[field]!r}, this scheduler "
-                    f"{field}={ours[field]!r}; build it with the saved configuration"
-                )
+        refuse_other(self._config(), state_dict["config"])
         draws = state_dict["draws"]
         if draws is not None and self._state is None:
             raise LTDError("LTDScheduler: pass the scheduler to ltd_fx.transform before load_state_dict, or set_step")

@@ -16,10 +16,27 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.passes import Target, rewrite
+from ltd_fx.torch_private import REPLICATE
 from ltd_fx.tree import leaves
 
 SITE = "_ltd_site"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Raise :class:`LTDError`: ``nn.DataParallel`` runs replicas of a module in threads, on one state."""
+    raise LTDError(
+        "ltd_fx: nn.DataParallel replicates the transformed model, and its replicas would share draws and masks; use "
+        "nn.parallel.DistributedDataParallel, a process for each device, or call ltd_fx.restore(model) before"
+    )
+
+
+def refuse_scripting(module: nn.Module) -> None:
+    """Raise :class:`LTDError`: TorchScript compiles Python code, which for a routed layer is not all that runs."""
+    raise LTDError(
+        "ltd_fx: torch.jit.script cannot compile a transformed model; call ltd_fx.restore(model) before, or "
+        "torch.jit.trace in eval mode"
+    )
 
 
 class RoutedLayer(nn.Module):
@@ -52,9 +69,14 @@ class RoutedLayer(nn.Module):
         given = [kwargs.pop(name) for name in names[:count]]
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
         return _rebuild, type(self)._ltd_arguments, self.__dict__
+
+
+setattr(RoutedLayer, REPLICATE, refuse_replicas)
 
 
 def _rebuild(*arguments: Any) -> nn.Module:

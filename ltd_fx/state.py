@@ -111,18 +111,29 @@ class RouteState:
         return draw_key(self.seed, self._step, self.rank)
 
     def begin_forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the root: the next key, for the forward that starts now."""
+        """Forward pre-hook of the root: the next key, for the forward that starts now.
+
+        Raises:
+            LTDError: the argument that ``protect`` names is no ``[B, S]`` mask.
+
+        """
         if not root.training:
             return
+        if isinstance(self.protect, str):
+            place = self.mask_place
+            given = kwargs.get(self.protect, args[place] if place < len(args) else None)
+            if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
+                got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                raise LTDError(
+                    f"ltd_fx: protect={self.protect!r} names the batch's padding mask, which must be [B, S], but it is "
+                    f"{got}; give the model that mask, or transform it with protect=None"
+                )
+            self.mask = given
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
         self.key = self.key + 1
         self.under_way, self._grad = True, torch.is_grad_enabled()
-        if isinstance(self.protect, str):
-            place = self.mask_place
-            given = kwargs.get(self.protect, args[place] if place < len(args) else None)
-            self.mask = given if isinstance(given, Tensor) else None
 
     def begin_alone(self, name: str) -> None:
         """A routed layer is called by no forward of the root: a key of its own, so that it draws anew each time.
@@ -139,6 +150,19 @@ class RouteState:
             )
         self.key = self.key + 1
         self._grad = True
+
+    def refuse_cache(self, name: str) -> None:
+        """Raise :class:`LTDError`: ``name`` is given a key-value cache with tokens in training.
+
+        Unless no layer drops any: the cache of a routed layer has the tokens only that it kept.
+        """
+        whole = None if self.scheduler is None else self.scheduler.max_length
+        if whole is not None and all((length.published or 0) >= whole for length in self.lengths.values()):
+            return
+        raise LTDError(
+            f"ltd_fx: {name} is given a key-value cache with tokens in training mode, of which routed layers would "
+            "have those only that they kept; call model.eval() before generating, and train without a cache"
+        )
 
     def end_forward(self) -> None:
         """A training forward of the root is over."""

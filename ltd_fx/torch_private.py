@@ -26,6 +26,7 @@ __all__ = [
     "FSDP_WRAPPED_MODULE",
     "LR_SCHEDULER_STATE",
     "ORIG_MOD",
+    "REPLICATE",
     "SOFTMAXES",
     "TO_COPY",
     "FakeTensorMode",
@@ -40,6 +41,7 @@ __all__ = [
     "in_backward",
     "is_functorch_wrapped_tensor",
     "is_grouped_mm",
+    "is_replica",
     "mark_dynamic",
     "must_recompute",
     "pytree",
@@ -181,6 +183,15 @@ def remove_hooks(module: nn.Module) -> None:
         module._backward_hooks,
     ):
         hooks.clear()
+
+
+REPLICATE = "_replicate_for_data_parallel"
+"""The method by which ``nn.DataParallel`` has a module make a replica of itself, without its parameters."""
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether ``nn.DataParallel`` made the module, to run it in a thread."""
+    return getattr(module, "_is_replica", False)
 
 
 # The child that holds the module itself within torch.compile's, activation checkpointing's and FSDP1's wrapper.

@@ -1,7 +1,6 @@
-"""Weights in and out: the untransformed model's keys, whatever wraps the model, in files written atomically."""
+"""Weights in and out of files, under the untransformed model's keys; written atomically."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,32 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
+from ltd_fx.keys import check_whole, clean_state_dict, own_name, unwrapped
 from ltd_fx.ranks import gather
-from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE, FSDP_WRAPPED_MODULE, ORIG_MOD
 
 _ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
-# Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, DeepSpeed's random-LTD.
-_WRAPPERS = frozenset((ORIG_MOD, CHECKPOINT_WRAPPED_MODULE, FSDP_WRAPPED_MODULE, "random_ltd_layer"))
-
-
-def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
-    """The state under the untransformed model's keys.
-
-    Takes out the path components that ``torch.compile``, DDP, FSDP, activation checkpointing, DeepSpeed's engine and
-    its random-LTD add. Of a bare state_dict, a leading ``module`` is taken for DDP's if every key has it. Values stay
-    what they are: a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as ``torch.distributed.checkpoint`` takes
-    them.
-
-    Raises:
-        LTDError: two keys become the same, or ZeRO-3 holds parts of the parameters.
-
-    """
-    if isinstance(model_or_state_dict, nn.Module):
-        return without_components(_unwrapped(model_or_state_dict).state_dict(), _WRAPPERS)
-    names = [_strip(key) for key in model_or_state_dict]
-    while names and all(name.startswith("module.") for name in names):
-        names = [name.removeprefix("module.") for name in names]
-    return _renamed(model_or_state_dict, names)
 
 
 def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -121,20 +98,26 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     loaded = read_checkpoint(path)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise LTDError(f"ltd_fx.load_clean: {path} holds no weights; it must be a mapping from names to tensors")
-    model = _unwrapped(model)
-    names = {_strip(name): name for name in model.state_dict()}
-    missing, unexpected = sorted(names.keys() - loaded.keys()), sorted(loaded.keys() - names.keys())
+    check_whole(model)
+    model = unwrapped(model)
+    own = model.state_dict()
+    names = {key: own_name(model, key) for key in own}
+    expected = {name for name in names.values() if name is not None}
+    missing, unexpected = sorted(expected - loaded.keys()), sorted(loaded.keys() - expected)
     if missing or unexpected:
         raise LTDError(f"ltd_fx.load_clean: {path} is of another model: missing {missing}, unexpected {unexpected}")
-    own = model.state_dict()
-    for name, value in own.items():
-        other = loaded[_strip(name)]
-        if isinstance(value, Tensor) and value.shape != other.shape:
+    for key, value in own.items():
+        name = names[key]
+        if name is None:
+            continue
+        if isinstance(value, Tensor) and value.shape != loaded[name].shape:
             raise LTDError(
-                f"ltd_fx.load_clean: {path} is of another model: {_strip(name)} is {tuple(other.shape)} there, "
+                f"ltd_fx.load_clean: {path} is of another model: {name} is {tuple(loaded[name].shape)} there, "
                 f"{tuple(value.shape)} here"
             )
-    model.load_state_dict({name: _placed_as(value, loaded[_strip(name)]) for name, value in own.items()})
+        own[key] = _placed_as(value, loaded[name])
+    # the longest first: a wrapper that puts its child's name in again must not meet a module of that name
+    model.load_state_dict(dict(sorted(own.items(), key=lambda item: -item[0].count("."))))
 
 
 def _placed_as(own: Any, value: Tensor) -> Tensor:
@@ -168,55 +151,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         raise LTDError(f"ltd_fx: {path} cannot be read: {error}") from error
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within compiled and data-parallel wrappers, whose ``module.`` alone does not tell what it is.
-
-    Raises:
-        LTDError: ZeRO-3 holds parts of its parameters.
-
-    """
-    wrappers: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
-    if "deepspeed" in sys.modules:
-        wrappers.append(sys.modules["deepspeed"].DeepSpeedEngine)
-    while True:
-        if isinstance(model, tuple(wrappers)):
-            model = model.get_submodule("module")
-        elif ORIG_MOD in dict(model.named_children()):
-            model = model.get_submodule(ORIG_MOD)
-        else:
-            break
-    for name, p in model.named_parameters():
-        if getattr(p, "ds_shape", p.shape) != p.shape:
-            raise LTDError(
-                f"ltd_fx: {name} is partitioned by DeepSpeed's ZeRO-3; save and load within "
-                "deepspeed.zero.GatheredParameters(model.parameters(), modifier_rank=0), on every rank"
-            )
-    return model
-
-
-def without_components(state: Mapping[str, Any], components: frozenset[str]) -> dict[str, Any]:
-    """``state`` with each of ``components`` taken out of its keys wherever it stands as a whole path component.
-
-    Raises:
-        LTDError: two keys become the same.
-
-    """
-    return _renamed(state, [_strip(key, components) for key in state])
-
-
-def _renamed(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    origin: dict[str, str] = {}
-    for key, name in zip(state, names, strict=True):
-        if name in origin:
-            raise LTDError(f"ltd_fx: {origin[name]!r} and {key!r} both become {name!r}; rename or drop one of them")
-        origin[name] = key
-    return {name: state[key] for name, key in origin.items()}
-
-
-def _strip(key: str, components: frozenset[str] = _WRAPPERS) -> str:
-    return ".".join(part for part in key.split(".") if part not in components)
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -162,21 +162,13 @@ class Model(nn.Module):
         return states
 
 
-class Engine(nn.Module):
-    """Holds the model as DDP and DeepSpeed's engine do."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-
 def lengths(model):
     """How many tokens each layer changed."""
     states = model(torch.randn(2, SEQ, DIM))
     return [int(kept_by(after, before).sum(1).float().mean()) for before, after in itertools.pairwise(states)]
 
 
-@pytest.mark.parametrize("around", [lambda model: model, Engine], ids=["model", "engine"])
+@pytest.mark.parametrize("around", [lambda model: model, nn.DataParallel], ids=["model", "wrapped"])
 @pytest.mark.parametrize(("config", "routed"), [({}, [1, 2, 3]), ({"random_ltd_layer_id": [0, 3]}, [0, 3])])
 def test_convert_by_class(around, config, routed):
     model = Model()
@@ -209,16 +201,16 @@ def test_saved_keys_are_the_plain_models():
     plain = Model().state_dict()
     model = convert_to_random_ltd(Model(), Layer, scheduler_of(), {})
     assert model.state_dict().keys() != plain.keys()
-    wrapped_states = save_without_random_ltd(model), save_without_random_ltd(Engine(model))
+    wrapped_states = save_without_random_ltd(model), save_without_random_ltd(nn.DataParallel(model))
     for state in (*wrapped_states, remove_random_ltd_state_dict(model.state_dict())):
         assert state.keys() == plain.keys()
         assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
-def test_a_submodule_called_module_does_not_hide_the_rest():
-    model = Engine(Model())
-    model.head = nn.Linear(DIM, 2)
-    assert save_without_random_ltd(model).keys() == model.state_dict().keys()
+def test_a_submodule_called_module_is_the_models_own():
+    for others in ({}, {"head": nn.Linear(DIM, 2)}):
+        model = nn.ModuleDict({"module": Model(), **others})
+        assert save_without_random_ltd(model).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(

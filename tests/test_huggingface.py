@@ -146,6 +146,60 @@ def test_logs_reach_tensorboard(tmp_path: Path) -> None:
     assert len(events.Scalars("train/ltd_saved")) == 2
 
 
+@pytest.mark.filterwarnings("ignore:LTDCallback. a step of this trainer")
+@pytest.mark.parametrize("fails", [(1,), (6,), (3, 8)], ids=str)
+def test_auto_find_batch_size_begins_again(fails: tuple[int, ...], tmp_path: Path, monkeypatch: Any) -> None:
+    """The last attempt has the lengths, draws and logs of a run whose every attempt began where training did."""
+    options = {"per_device_train_batch_size": 8, "save_strategy": "no", "eval_strategy": "no"}
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True, **options)
+    watch, scheduler = watch_of(trainer), trainer.model._ltd_rewrite.state.scheduler
+    scheduler.set_step(2)  # an earlier train()
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **options: None)
+    training_step, calls, seen = trainer.training_step, [], []
+
+    def step(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(trainer.state.global_step)
+        if len(calls) in fails:
+            watch.draws.clear()
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        loss: Tensor = training_step(*args, **kwargs)
+        seen.append((trainer.state.global_step, scheduler.reserved_length))
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    trainer.train()
+    assert calls.count(0) >= 2  # it began again
+    assert seen == [(global_step, scheduler.length_at(2 + global_step)) for global_step, _ in seen]
+    assert scheduler.state_dict()["step"] == 2 + STEPS
+    assert [entry["ltd_reserved_length"] for entry in trainer.state.log_history if "ltd_saved" in entry] == [
+        scheduler.length_at(2 + step) for step in range(STEPS)
+    ]
+    plain = trainer_of(tmp_path, **{**options, **shrunk(8, len(fails))})
+    plain.model._ltd_rewrite.state.scheduler.set_step(2)
+    plain.train()
+    assert watch.draws == watch_of(plain).draws
+
+
+def shrunk(size: int, times: int) -> dict[str, int]:
+    """What accelerate makes of a batch size that is too large."""
+    for _ in range(times):
+        size = int(size * 0.9)
+    return {"per_device_train_batch_size": size}
+
+
+def test_a_train_after_one_that_failed_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True, save_strategy="no", eval_strategy="no")
+    scheduler = trainer.model._ltd_rewrite.state.scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_maybe_log_save_evaluate", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    done = scheduler.state_dict()["step"]
+    assert done == 1
+    trainer.train()
+    assert scheduler.state_dict()["step"] == done + STEPS
+
+
 def without_ltd(checkpoint: Path, folder: Path) -> Path:
     """A copy of the checkpoint as if saved without the callback."""
     copied = folder / checkpoint.name

@@ -161,6 +161,48 @@ def test_resumed_is_uninterrupted(whole: Any, step: int, tmp_path: Path) -> None
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+class Tuned(Language):
+    """With a batch size for the tuner."""
+
+    def __init__(self, scheduler: LTDScheduler) -> None:
+        super().__init__(scheduler)
+        self.batch_size = BATCH
+        self.lr = 0.01
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(Texts().ids.flatten(0, 1), self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("tune", ["scale_batch_size", "lr_find"])
+@pytest.mark.parametrize("again", [False, True], ids=["first", "after a fit"])
+def test_the_tuners_trials_leave_the_schedule_and_the_draws(tune: str, again: bool, tmp_path: Path) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    module = Tuned(scheduler_of())
+    options = {"default_root_dir": tmp_path, "accumulate_grad_batches": 1, "val_check_interval": None}
+    trainer = trainer_of(tmp_path, **options)
+    module.scheduler.set_step(3)
+    module.model(input_ids=Texts().ids[0])
+    if again:
+        trainer.fit(module)
+        callback, trainer = trainer.callbacks[0], trainer_of(tmp_path, **options)
+        trainer.callbacks[0] = callback
+    before, seen = module.scheduler.state_dict(), len(module.seen)
+    limits = {"max_trials": 2, "steps_per_trial": 2} if tune == "scale_batch_size" else {"num_training": 3}
+    getattr(Tuner(trainer), tune)(module, **limits)
+    assert len(module.seen) > seen  # there were trials
+    assert module.scheduler.state_dict() == before
+    module.scheduler.set_step(5)
+    trainer.fit(module)
+    assert module.scheduler.state_dict()["step"] == 5 + STEPS
+
+
 def test_validation_is_dense(whole: Any, tmp_path: Path) -> None:
     """The loss found in the middle of training is that of the checkpoint in a plain module."""
     _, folder = whole

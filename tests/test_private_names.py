@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "ltd_fx"
 ROOM = PACKAGE / "torch_private.py"
 # Without an underscore, and documented no better.
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}
-# Underscores of Python's own, and of an operator of ours.
-_NOT_TORCH = {"_replace", "_fields", "_lru_cache_wrapper", "_sample_on_cpu"}
+# Underscores of Python's own, of an operator of ours, and of Lightning's.
+_NOT_TORCH = {"_replace", "_fields", "_lru_cache_wrapper", "_sample_on_cpu", "_FabricModule", "_original_module"}
 
 
 def sources() -> dict[Path, ast.Module]:

@@ -131,6 +131,39 @@ def test_the_mask_is_found_by_place_and_by_name_and_may_be_absent() -> None:
     assert torch.equal(*outputs)
 
 
+NO_MASKS: dict[str, Any] = {
+    "4-D": MASK[:, None, None],
+    "square": MASK[:, None, None].expand(-1, -1, LENGTH, -1),
+    "3-D": MASK[..., None],
+    "1-D": MASK[0],
+    "dict": {"full": MASK},
+}
+
+
+@pytest.mark.parametrize("given", NO_MASKS.values(), ids=NO_MASKS)
+def test_a_mask_that_is_not_of_two_dimensions_is_refused(given: Any) -> None:
+    model = net("scale", 6)
+    key = model._ltd_rewrite.state.key
+    for args, kwargs in (((), {"scale": given}), ((given,), {})):
+        with pytest.raises(LTDError, match=r"protect='scale' names the batch's padding mask.* \[B, S\], but it is"):
+            model(stream_of(), *args, **kwargs)
+    assert model._ltd_rewrite.state.key is key
+    model(stream_of(), MASK)
+    assert ltd_fx.sampled_indices(model)["blocks.1"].shape == (6, 6)
+
+
+def test_a_mask_of_another_batch_is_refused_and_one_of_another_length_is_of_another_stack() -> None:
+    model, plain = net("scale", 6), net(None, 6)
+    for each in (model, plain):  # the layers do without
+        each.register_forward_pre_hook(lambda _, args, kwargs: (args[:1], {}), with_kwargs=True)
+        each(stream_of(), MASK[:, 1:])
+    ours, theirs = (ltd_fx.sampled_indices(each) for each in (model, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for mask in (MASK[1:], MASK[:1]):
+        with pytest.raises(LTDError, match=rf"protect='scale' .* of {len(mask)} sequences, but hidden states have 6"):
+            model(stream_of(), mask)
+
+
 def test_without_protect_draws_are_the_operators_without_rank() -> None:
     model = net(None, 6)
     model(stream_of())

@@ -209,6 +209,16 @@ def test_checkpoint_wrapped_module() -> None:
     assert [name for name, _ in wrapped.named_children()] == [torch_private.CHECKPOINT_WRAPPED_MODULE]
 
 
+def test_replicate() -> None:
+    """It makes what ``is_replica`` knows, with the attributes of the module, hooks among them."""
+    module = nn.Linear(2, 2)
+    module.tag = 1
+    replica = getattr(module, torch_private.REPLICATE)()
+    assert replica is not module
+    assert (replica.tag, torch_private.is_replica(replica), torch_private.is_replica(module)) == (1, True, False)
+    assert replica._forward_pre_hooks is module._forward_pre_hooks
+
+
 def test_fsdp_wrapped_module(tmp_path: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -1,4 +1,4 @@
-"""Clean keys, and files that are whole or absent."""
+"""Weights in files that are whole or absent, under clean keys."""
 
 import os
 import resource
@@ -61,13 +61,6 @@ def dropping(model):
     return model
 
 
-def fsdp_like(model):
-    wrapper = nn.Module()
-    wrapper._fsdp_wrapped_module = model.module
-    model.module = wrapper
-    return model
-
-
 def compiled(model):
     return torch.compile(model, backend="eager")
 
@@ -86,7 +79,6 @@ WRAPPERS = {
     "compiled data parallel": lambda model: compiled(nn.DataParallel(model)),
     "checkpointed": checkpointed,
     "random-ltd": dropping,
-    "fsdp": fsdp_like,
     "everything": lambda model: compiled(nn.DataParallel(compiled_within(dropping(checkpointed(model))))),
 }
 WRAPPED = pytest.mark.parametrize("wrap", [pytest.param(wrap, id=name) for name, wrap in WRAPPERS.items()])
@@ -100,47 +92,6 @@ def assert_same(state, expected):
 @WRAPPED
 def test_a_wrapped_model_has_its_own_keys(wrap):
     assert_same(clean_state_dict(wrap(Net())), Net().state_dict())
-
-
-@pytest.mark.parametrize(
-    ("key", "clean"),
-    [
-        ("_orig_mod.a.b", "a.b"),
-        ("module.a.b", "a.b"),
-        ("_orig_mod.module._orig_mod.a", "a"),
-        ("a._checkpoint_wrapped_module.b", "a.b"),
-        ("a._fsdp_wrapped_module._checkpoint_wrapped_module.b", "a.b"),
-        ("a.random_ltd_layer.b", "a.b"),
-        ("a.my_random_ltd_layer.b", "a.my_random_ltd_layer.b"),
-        ("a.random_ltd_layers.b", "a.random_ltd_layers.b"),
-        ("a._orig_mod2.b", "a._orig_mod2.b"),
-        ("a.x_checkpoint_wrapped_module.b", "a.x_checkpoint_wrapped_module.b"),
-        ("a.module.b", "a.module.b"),
-        ("modules.a", "modules.a"),
-        ("module_a.b", "module_a.b"),
-    ],
-)
-def test_only_whole_components_are_stripped(key, clean):
-    assert clean_state_dict({key: 1}) == {clean: 1}
-
-
-def test_module_stays_where_not_every_key_has_it():
-    assert clean_state_dict({"module.a": 1, "head": 2}) == {"module.a": 1, "head": 2}
-    assert clean_state_dict({}) == {}
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("a.random_ltd_layer.b", "a.b"),
-        ("_orig_mod.a", "a"),
-        ("module.a._orig_mod.b", "module.a.b"),
-        ("module._orig_mod.a", "_orig_mod.module.a"),
-    ],
-)
-def test_colliding_keys(keys):
-    with pytest.raises(LTDError, match="both become"):
-        clean_state_dict(dict.fromkeys(keys, 1))
 
 
 @SUFFIXES

@@ -9,13 +9,13 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.find import find_layers
 from ltd_fx.hooks import add_root_hook
+from ltd_fx.keys import clean_state_dict, unwrapped, without_components
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.lowering import register_inductor_decompositions
 from ltd_fx.patterns import align_attention_mask, find_pattern_maybe
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.site import RoutedLayer, routed_class, swap_class
 from ltd_fx.state import RouteState
-from ltd_fx.weights import clean_state_dict, without_components
 
 _COMPONENT = "random_ltd_layer"
 _ORDERS = {"batch_seq_dim": True, "seq_batch_dim": False}
@@ -129,11 +129,11 @@ def convert_to_random_ltd(
     scheduler: LTDScheduler | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Wrap each ``layer_class`` of ``model`` (or of ``model.module``) in :class:`RandomLayerTokenDrop`, in place.
+    """Wrap each ``layer_class`` of ``model`` (which DDP or DeepSpeed's engine may hold), in place.
 
     Args:
         model: holds the layers.
-        layer_class: which to wrap.
+        layer_class: which to wrap in :class:`RandomLayerTokenDrop`.
         scheduler: if given, :meth:`RandomLayerTokenDrop.init_config` is called on the layers that
             ``config["random_ltd_layer_id"]`` lists (default: all but the first and the last).
         config: DeepSpeed's ``random_ltd`` section.
@@ -145,7 +145,7 @@ def convert_to_random_ltd(
         LTDError: no such layer, a layer number out of range, or what ``init_config`` refuses.
 
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     names = find_layers(inner, layer_class)
     if any(_COMPONENT in name.split(".") for name in names):
         raise LTDError(f"ltd_fx.deepspeed: {names[0]} is converted already")
@@ -173,18 +173,13 @@ def convert_to_random_ltd(
 
 
 def save_without_random_ltd(model: nn.Module) -> dict[str, Any]:
-    """The state of ``model`` (or ``model.module``) under the keys that it had before it was wrapped.
+    """The state of ``model`` (which DDP or DeepSpeed's engine may hold) under the keys from before it was wrapped.
 
     Raises:
         LTDError: two keys become the same.
 
     """
-    return clean_state_dict(_unwrapped(model))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What a wrapper holds as its only child ``module``, as DDP and DeepSpeed's engine do."""
-    return model.get_submodule("module") if [name for name, _ in model.named_children()] == ["module"] else model
+    return clean_state_dict(model)
 
 
 def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
