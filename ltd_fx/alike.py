@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ltd_fx.torch_private import pytree
+from ltd_fx.tree import leaves
 
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}
 
@@ -42,3 +43,8 @@ def _content(buffer: torch.Tensor) -> Any:
 def shapes(args: Any, kwargs: Any) -> str:
     """The arguments of a call, with shapes for tensors."""
     return repr(pytree.tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype, t.device), (args, kwargs)))
+
+
+def structure(call: Any) -> Any:
+    """What a layer is given and returns, with shapes for tensors and no other values."""
+    return [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves(call[1:])]

@@ -15,6 +15,7 @@ from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, kn
 from ltd_fx.keys import held_by
 from ltd_fx.observe import observe_values, split_inputs
 from ltd_fx.plan import Route, plan
+from ltd_fx.preserve import Sandbox
 from ltd_fx.proof import prove
 from ltd_fx.report import RewriteReport, VerifyReport
 from ltd_fx.schedule import LTDScheduler
@@ -198,8 +199,9 @@ def summary(model: nn.Module) -> RewriteReport:
 def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *, atol: float = 1e-4) -> VerifyReport:
     """Compare every routed layer with the dense layer whose attention to the dropped tokens is blocked.
 
-    It takes the layers' other arguments (masks, rotary tables) from one forward on ``example_inputs``, run in eval mode
-    as they are; the layers are copied one at a time, given random weights and hidden states, and run in float64. So it
+    It takes the layers' other arguments (masks, rotary tables) from one forward on ``example_inputs`` as they are, in
+    eval mode (in training mode where that is how the pattern was learnt, since the layers are called in another way
+    there); the layers are copied one at a time, given random weights and hidden states, and run in float64. So it
     proves the way they are routed at the lengths of these inputs, whatever the weights. Attention may be computed by
     any softmax; attention scores of one layer are held in memory.
 
@@ -216,7 +218,8 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
     inputs = split_inputs(example_inputs)
     if rewrite.pending:
         install(root, rewrite, inputs)
-    calls = observe_values(root, {layer.name: layer.slot for layer in rewrite.layers}, *inputs)
+    sandbox, slots = Sandbox(root), {layer.name: layer.slot for layer in rewrite.layers}
+    calls = observe_values(root, slots, inputs, sandbox=sandbox, training=rewrite.training)
     proofs = [
         prove(
             layer.name,
@@ -224,6 +227,7 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
             type(layer.module),
             known(layer),
             calls.get(layer.name),
+            sandbox=sandbox,
             shared=rewrite.state.shared,
             protected=rewrite.state.protected,
             atol=atol,

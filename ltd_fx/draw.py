@@ -1,6 +1,7 @@
 """Which tokens one routed layer keeps in one forward: the first step of every rewritten call site."""
 
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Site:
         # tensors, not ints: as data, they let identical layers compiled one by one share a graph
         self._first = torch.tensor(number, device=state.device)
         self.number = self._first  # of the call in progress
-        self.layer = layer
+        self._layer = weakref.ref(layer)  # which holds its site: a cycle would keep the weights until it is collected
         self.state = state
         self.length = state.lengths[None] if length is None else length
         self.span = span  # on a route over several layers
@@ -56,6 +57,18 @@ class Site:
         self._earlier: tuple[Drawn, ...] = ()
         self._latest: Drawn | None = None
         state.sites.append(self)
+
+    @property
+    def layer(self) -> nn.Module:
+        layer = self._layer()
+        assert layer is not None
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
 
     @property
     def drawn(self) -> tuple[Drawn, ...]:

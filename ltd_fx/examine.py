@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ltd_fx.alike import likeness, shapes
+from ltd_fx.alike import likeness, shapes, structure
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
 from ltd_fx.layer_pattern import LayerPattern
 from ltd_fx.observe import Call, describe, observe, observe_values
 from ltd_fx.patterns import is_registered
+from ltd_fx.preserve import Sandbox
 from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.proof import prove
 from ltd_fx.report import Proof
@@ -26,23 +27,57 @@ class Examination:
     """A model seen through its example inputs.
 
     Shapes are learnt under fake tensors, where the model runs on them; values (masks, rotary tables) come from a
-    forward on a few tokens of a few sequences, where the inputs can be narrowed to them.
+    forward on a few tokens of a few sequences, where the inputs can be narrowed to them. Both are of eval mode, where
+    nothing is left out by chance, unless training calls the layers in another way (with fewer patches, say).
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
         self._model, self._inputs = model, inputs
+        self._sandbox = Sandbox(model)
         self._slots = {layer.name: layer.slot for layer in layers}
         self._kinds = {layer.name: (layer.pattern, likeness(layer.slot)) for layer in layers}
-        self._fake = True
+        self._fake, self.training = True, False
         try:
-            self.calls = observe(model, self._slots, describe(*inputs), kinds=self._kinds)
+            self.calls = self._observe(describe(*inputs))
         except LTDError:
             self._fake = False
-            self.calls = observe(model, self._slots, inputs, fake=False)
+            self.calls = self._observe(inputs)
+        self._see_training()
         self.first_calls = by_name(self.calls)
         self._samples = self._pick(layers)
-        self._probes = cache(self._probe)
-        self._values = cache(self._observe_values)
+        self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
+        self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
+
+    def _observe(self, inputs: Any) -> list[Call]:
+        return observe(
+            self._model,
+            self._slots,
+            inputs,
+            sandbox=self._sandbox,
+            training=self.training,
+            fake=self._fake,
+            kinds=self._kinds,
+        )
+
+    def _see_training(self) -> None:
+        """Look at the calls of training mode from here on, where they are others than those of eval mode."""
+        self.training = True
+        try:
+            calls = self._observe(describe(*self._inputs) if self._fake else self._inputs)
+        except LTDError:  # for want of targets, or because it throws dice
+            calls = self.calls
+        before, now = by_name(self.calls), by_name(calls)
+        other = [name for name in before.keys() & now if structure(before[name]) != structure(now[name])]
+        skipped = before.keys() - now
+        if other and skipped:
+            raise LTDError(
+                f"ltd_fx: in training {min(other)} is called with other arguments than in eval mode, and "
+                f"{min(skipped)} may be skipped, so neither mode shows how all layers are called; leave them out with "
+                "transform(..., layers=...)"
+            )
+        self.training = bool(other) or (now.keys() > before.keys())
+        if self.training:
+            self.calls = calls
 
     def _pick(self, layers: list[Layer]) -> dict[str, str]:
         """For each called layer the one whose proof is its own: of layers alike and called alike, the first two."""
@@ -58,18 +93,28 @@ class Examination:
         return samples
 
     def _forward(self, inputs: Any) -> Mapping[str, Call]:
-        return by_name(observe(self._model, self._slots, inputs, fake=self._fake, kinds=self._kinds))
+        return by_name(self._observe(inputs))
 
-    def _probe(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
-        inputs = describe(*self._inputs) if self._fake else self._inputs
-        lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
-        return lengths, batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
+    def _probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
+        if seq_dim not in self._probed:
+            inputs = describe(*self._inputs) if self._fake else self._inputs
+            lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
+            batches = batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
+            self._probed[seq_dim] = lengths, batches
+        return self._probed[seq_dim]
 
     def _has_table(self, layer: Layer, seq_dim: int) -> bool:
         """Whether the layer has a buffer that could be sliced to its length."""
         hidden = stream(self.first_calls[layer.name])
         assert hidden is not None
         return any(hidden.shape[seq_dim] <= max(b.shape, default=0) for b in layer.slot.buffers())
+
+    def _call(self, layer: Layer, seq_dim: int, tokens: int | None) -> Call:
+        """How the layer is called, in values: on so many tokens, or on as many as there are."""
+        key = seq_dim, tokens
+        if key not in self._values:
+            self._values[key] = self._observe_values(*key)
+        return self._values[key][layer.name]
 
     def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
         lengths, batches = self._probes(seq_dim)
@@ -78,10 +123,11 @@ class Examination:
         for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
             small = probe.edit.resize(small, min(probe.edit.size, most))
         slots = {name: self._slots[name] for name in self._samples.values()}
+        run = partial(observe_values, self._model, slots, sandbox=self._sandbox, training=self.training)
         try:
-            return observe_values(self._model, slots, *small)
+            return run(small)
         except LTDError:
-            return observe_values(self._model, slots, *self._inputs)
+            return run(self._inputs)
 
     def examine(self, layer: Layer, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
         """The layer's pattern, inferred where none is known, and its proof.
@@ -93,19 +139,18 @@ class Examination:
         if layer.name not in self.first_calls:
             raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
         best: tuple[LayerPattern, Proof] | None = None
-        failure: LTDError | None = None
+        failure = ""
         for pattern in self._hypotheses(layer):
-            how = (layer.name, layer.slot, type(layer.module), pattern)
             seq_dim = int(pattern.batch_first)
+            how = partial(prove, layer.name, layer.slot, type(layer.module), pattern)
+            how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
             try:
-                call = self._values(seq_dim, _TOKENS)[layer.name]
-                proof = prove(*how, call, shared=shared, protected=protected)
+                proof = how(self._call(layer, seq_dim, _TOKENS))
                 if proof.status == "verified" and (proof.counts or self._has_table(layer, seq_dim)):
                     # a window or a table may only show at full length
-                    call = self._values(seq_dim, None)[layer.name]
-                    proof = prove(*how, call, shared=shared, protected=protected)
+                    proof = how(self._call(layer, seq_dim, None))
             except LTDError as error:
-                failure = failure or error
+                failure = failure or str(error)
                 continue
             if proof.status == "verified":
                 return pattern, proof
@@ -113,8 +158,7 @@ class Examination:
             if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
                 best = pattern, proof
         if best is None:
-            assert failure is not None
-            raise failure
+            raise LTDError(failure)
         return best
 
     def accept_all(self, layers: list[Layer], *, shared: bool, protected: int) -> list[tuple[Layer, Proof]]:
@@ -159,7 +203,7 @@ class Examination:
             if is_registered(layer.module):
                 return
             seen.append(layer.pattern)
-        failure: LTDError | None = None
+        failure = ""
         for seq_dim in (1, 0):
             lengths, batches = self._probes(seq_dim)
             ways: list[Probe | None] = [*batches] or [None]
@@ -171,12 +215,12 @@ class Examination:
                             layer.name, type(layer.module), call, lengths, batch, seq_dim, near=near
                         )
                     except LTDError as error:
-                        failure = failure or error
+                        failure = failure or str(error)
                         continue
                     for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(layer.module))):
                         if hypothesis not in seen:
                             seen.append(hypothesis)
                             yield hypothesis
         # the usual layout could not even be inferred: that is what to tell, not what became of the other one
-        if failure is not None and not any(pattern.batch_first for pattern in seen):
-            raise failure
+        if failure and not any(pattern.batch_first for pattern in seen):
+            raise LTDError(failure)

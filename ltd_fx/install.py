@@ -45,6 +45,7 @@ class Rewrite:
     entries: list[CallSite]
     hooks: tuple[RemovableHandle, ...] = ()
     pending: tuple[RemovableHandle, ...] = ()  # while patterns are to be inferred at the first training forward
+    training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
     graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
@@ -160,7 +161,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         examination = Examination(model, layers, inputs)
         accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
         layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
-        graph = call_graph(examination.calls)
+        graph, rewrite.training = call_graph(examination.calls), examination.training
     sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
     targets = targets_of(layers)
     if graph is not None:

@@ -1,10 +1,6 @@
 """Watch a model's forward from outside: how it calls its layers, on fake tensors or on real ones."""
 
-import copy
-import functools
 import logging
-import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -14,7 +10,8 @@ from torch import nn
 
 from ltd_fx.alike import shapes
 from ltd_fx.errors import LTDError
-from ltd_fx.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, pytree
+from ltd_fx.preserve import Sandbox
+from ltd_fx.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, is_fake, pytree
 from ltd_fx.tree import map_tensors
 
 
@@ -45,19 +42,9 @@ def describe(args: Any, kwargs: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: TensorSpec(t.shape, t.dtype, t.device), (args, kwargs))
 
 
-def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Run the model's forward on fake tensors: shapes and devices, no compute, no memory. The model stays as it was.
-
-    Args:
-        model: its parameters stay real; operators see them as fake.
-        args: from :func:`describe`.
-        kwargs: likewise.
-
-    Raises:
-        LTDError: the forward fails.
-
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet(FAKE_TENSOR_LOG):
+def _run_fake(model: nn.Module, mode: FakeTensorMode, args: Any, kwargs: Any) -> None:
+    """The forward on fake tensors, from :func:`describe`: shapes and devices, no compute, no memory."""
+    with mode, _quiet(FAKE_TENSOR_LOG):
         args, kwargs = pytree.tree_map(
             lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device) if isinstance(s, TensorSpec) else s,
             (args, kwargs),
@@ -68,7 +55,7 @@ def run_fake(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
     try:
-        with preserved(model), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
     except LTDError:
         raise
@@ -81,15 +68,19 @@ def observe(
     layers: Mapping[str, nn.Module],
     inputs: Any,
     *,
+    sandbox: Sandbox,
+    training: bool = False,
     fake: bool = True,
     kinds: Mapping[str, Any] | None = None,
 ) -> list[Call]:
-    """The calls of ``layers`` in one forward, in order, in eval mode.
+    """The calls of ``layers`` in one forward, in order. Their tensors are fake: they hold no data and no history.
 
     Args:
         model: left as it was.
         layers: by fully qualified name.
         inputs: (args, kwargs), from :func:`describe` where ``fake``, else values.
+        sandbox: of the model.
+        training: in training mode, else in eval mode.
         fake: on fake tensors.
         kinds: layers of one kind (by name) give outputs of the same shapes, so the bodies of few need to run.
 
@@ -111,12 +102,39 @@ def observe(
 
         return watched
 
-    with _patched(layers, watch), _eval(model):
+    with sandbox.open(fake=fake):
+        _watch(model, layers, watch, training=training)
         if fake:
-            run_fake(model, *inputs)
+            _run_fake(model, sandbox.mode, *inputs)
         else:
             _run(model, *inputs, failing="fails")
-    return calls
+        return _hollow(calls, sandbox.mode)
+
+
+def _watch(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    watch: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+    *,
+    training: bool,
+) -> None:
+    """Have the layers call what ``watch`` makes of their forwards, and the model run in a mode, until put back."""
+    model.train(training)
+    for name, layer in layers.items():
+        layer.forward = watch(name, layer.forward)
+
+
+def _hollow(calls: list[Call], mode: FakeTensorMode) -> list[Call]:
+    """The calls with a fake tensor, without history, for each tensor: those that are one stay one."""
+    made: dict[int, Any] = {}
+
+    def hollow(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in made:
+            plain = tensor.detach()
+            made[id(tensor)] = plain if is_fake(plain) else mode.from_tensor(plain)
+        return made[id(tensor)]
+
+    return [Call(call.name, *map_tensors(hollow, tuple(call[1:]))) for call in calls]
 
 
 def _like_output(call: Call, args: Any, kwargs: Any) -> Any:
@@ -130,8 +148,17 @@ class _Stop(BaseException):
     """Ends a forward of which enough was seen; no model's own handler should catch it."""
 
 
-def observe_values(model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any) -> dict[str, Call]:
-    """The first call of each of ``layers`` in one real forward in eval mode, which ends when all have been called.
+def observe_values(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Any,
+    *,
+    sandbox: Sandbox,
+    training: bool = False,
+) -> dict[str, Call]:
+    """The first call of each of ``layers`` in one real forward, which ends when all have been called.
+
+    The arguments are as for :func:`observe`. The layers themselves are in eval mode: routed ones run dense.
 
     Raises:
         LTDError: the forward fails.
@@ -141,14 +168,18 @@ def observe_values(model: nn.Module, layers: Mapping[str, nn.Module], args: Any,
 
     def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            calls.setdefault(name, Call(name, args, kwargs, None))
+            calls.setdefault(name, Call(name, *map_tensors(torch.Tensor.detach, (args, kwargs, None))))
             if len(calls) == len(layers):
                 raise _Stop
             return forward(*args, **kwargs)
 
         return watched
 
-    with suppress(_Stop), _patched(layers, watch), _eval(model):
+    args, kwargs = inputs
+    with suppress(_Stop), sandbox.open():
+        _watch(model, layers, watch, training=training)
+        for layer in layers.values():
+            layer.eval()
         _run(model, args, kwargs, failing="fails")
     return calls
 
@@ -167,74 +198,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = disabled
-
-
-@contextmanager
-def _patched(
-    layers: Mapping[str, nn.Module], watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    before = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.forward = watch(name, layer.forward)
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            del layer.__dict__["forward"]
-            if before[name] is not None:
-                layer.__dict__["forward"] = before[name]
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Without dropout, skipped layers or updated statistics."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """What a forward may leave behind is undone: random state, rebound buffers, and all it caches (as fake tensors, or
-    in another dtype).
-
-    Rotary tables and position indices are kept in attributes of modules, in dictionaries there, and by ``functools``.
-    """
-    modules = list(model.modules())
-    before = [dict(module.__dict__) for module in modules]
-    classes = {base for module in modules for base in type(module).__mro__ if base is not nn.Module}
-    held = [
-        (value, copy.copy(value))
-        for attributes in (*before, *map(vars, classes))
-        for value in attributes.values()
-        if type(value) in (dict, OrderedDict, list, set)
-    ]
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        for module, attributes in zip(modules, before, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for container, kept in held:
-            container.clear()
-            container.extend(kept) if isinstance(container, list) else container.update(kept)
-        for cached in _functools_caches(modules, classes):
-            cached.cache_clear()
-
-
-def _functools_caches(modules: list[nn.Module], classes: set[type]) -> Iterator[Any]:
-    """The caches of the modules, of their classes, and of the Python files that define these."""
-    files = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
-    holders = [*modules, *classes, *(sys.modules[name] for name in files if name in sys.modules)]
-    for holder in holders:
-        for value in list(vars(holder).values()):
-            value = getattr(value, "__func__", value)  # of a static method
-            cells = getattr(value, "__closure__", None) or ()  # of a wrapper around the cached function
-            for found in (value, *(cell.cell_contents for cell in cells)):
-                if isinstance(found, functools._lru_cache_wrapper) and found.__module__ in files:
-                    yield found

@@ -1,13 +1,14 @@
 """Whether the routed layers are still where ``transform`` put them: a later change of the model may undo it in part."""
 
 import inspect
+import weakref
 from typing import Any
 
 from torch import nn
 
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
-from ltd_fx.site import SITE, RoutedLayer
+from ltd_fx.site import SITE, RoutedLayer, routes
 from ltd_fx.torch_private import child_slots
 
 _REMEDY = "call ltd_fx.restore(model) before changing its layers, and transform it again"
@@ -58,15 +59,16 @@ class Places:
                     f"same tokens and not be counted; {_REMEDY}"
                 )
         found = [part for each in names.values() for name in each for part in _parents(name)]
-        self._parents = [modules[name] for name in dict.fromkeys(found)]
+        self._parents = [weakref.ref(modules[name]) for name in dict.fromkeys(found)]  # the root keeps this object
         return list(names.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Identities are of this process."""
-        return {**self.__dict__, "_seen": None}
+        """Identities are of this process: to be found again."""
+        return {**self.__dict__, "_seen": None, "_parents": []}
 
     def _identities(self) -> list[Any]:
-        children = [[id(child) for child in child_slots(parent).values()] for parent in self._parents]
+        parents = (parent() for parent in self._parents)
+        children = [None if parent is None else [*map(id, child_slots(parent).values())] for parent in parents]
         return [children, [(type(site.layer), site.layer.__dict__.get("forward")) for site in self._sites]]
 
 
@@ -78,5 +80,6 @@ def _parents(name: str) -> list[str]:
 
 def _routes(layer: nn.Module) -> bool:
     """Whether the layer's forward is the routed one, or a wrapper around it (``functools.wraps``)."""
-    forward = inspect.unwrap(layer.__dict__.get("forward", layer.forward))
-    return isinstance(layer, RoutedLayer) and getattr(forward, "__func__", None) is type(layer)._ltd_forward
+    return isinstance(layer, RoutedLayer) and routes(
+        inspect.unwrap(layer.__dict__.get("forward", layer.forward)), layer
+    )

@@ -7,8 +7,7 @@ anything; in float64, so that what differs, differs by far more than rounding.
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.layer_pattern import LayerPattern, forward_signature
-from ltd_fx.observe import Call, is_stream, preserved
-from ltd_fx.reference import NotVerifiableError, Scores, dense_reference, run_plain
+from ltd_fx.observe import Call, is_stream
+from ltd_fx.preserve import Sandbox
+from ltd_fx.reference import DefaultDtype, NotVerifiableError, Scores, dense_reference, run_plain
 from ltd_fx.report import Proof
 from ltd_fx.site import RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.state import RouteState
-from ltd_fx.torch_private import remove_hooks
+from ltd_fx.torch_private import hooks_of
 from ltd_fx.tree import items_of, leaves, map_tensors
 
 # Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
@@ -39,6 +39,7 @@ def prove(
     pattern: LayerPattern,
     call: Call | None,
     *,
+    sandbox: Sandbox,
     shared: bool = False,
     protected: int = 0,
     atol: float = 1e-4,
@@ -51,6 +52,7 @@ def prove(
         layer_class: whose ``forward`` tells the arguments.
         pattern: how it is routed.
         call: the arguments it is called with, as values; ``None`` if it is not called.
+        sandbox: of the model.
         shared: one draw for the batch.
         protected: so many first tokens are always kept.
         atol: the largest error relative to the reference's largest value.
@@ -68,7 +70,7 @@ def prove(
         try:
             layer = _random_copy(slot, dtype)
             how = (layer_class, pattern, call, dtype, atol, shared, protected)
-            with preserved(layer):
+            with sandbox.open(layer):
                 results = [_compare(layer, *how, draw) for draw in ((1, 2) if few else (1,))]
         except NotVerifiableError as failure:
             return Proof(name, layer_class.__name__, "not verifiable", None, str(failure))
@@ -136,8 +138,8 @@ def _compare(
     indices = _draw(shape[0], shape[1], shared, protected, draw).to(given.device)
     kept = torch.zeros(shape[:2], dtype=torch.bool, device=given.device)
     kept = kept.scatter(1, indices.expand(shape[0], -1), True)
-    noise = torch.Generator().manual_seed(draw)
-    hidden, stranger = (torch.randn(shape, generator=noise, dtype=dtype).to(given.device) for _ in range(2))
+    generator = torch.Generator().manual_seed(draw)
+    hidden, stranger = (_noise(shape, dtype, generator).to(given.device) for _ in range(2))
 
     def run(hidden: Tensor) -> list[Tensor]:
         bound = signature.bind(*call.args, **call.kwargs)
@@ -145,7 +147,7 @@ def _compare(
         if pattern.cache in bound.arguments:
             bound.arguments[pattern.cache] = None
         bound.arguments.update(map_tensors(partial(_cast, dtype), dict(bound.arguments)))
-        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False), _default_dtype(dtype):
+        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False), DefaultDtype(dtype):
             return _outputs(layer(*bound.args, **bound.kwargs), pattern)
 
     reference, other, blind, unblocked, counted = dense_reference(run, hidden, kept)
@@ -189,17 +191,6 @@ def _compare(
     return _Comparison(size, attends, counted)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """So that what a layer makes without naming a dtype goes with its weights, as it did."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
@@ -212,7 +203,7 @@ def _draw(batch: int, seq_len: int, shared: bool, protected: int, seed: int) -> 
             f"ltd_fx: hidden states of {seq_len} tokens ({protected} of them protected) are too short to prove how a "
             "layer is routed; give longer example inputs (or is `batch_first` wrong?)"
         )
-    order = torch.rand(1 if shared else batch, seq_len, generator=torch.Generator().manual_seed(seed))
+    order = torch.rand(1 if shared else batch, seq_len, generator=torch.Generator().manual_seed(seed), device="cpu")
     order[:, :protected] = -1
     return order.argsort(dim=1)[:, :keep].sort(dim=1).values
 
@@ -226,23 +217,30 @@ def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
 
 
 def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
-    layer = copy.deepcopy(slot)
+    # without its hooks, which may hold all of the user's program
+    layer = copy.deepcopy(slot, {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)})
     if isinstance(layer, RoutedLayer):
         swap_back(layer)
-    for module in layer.modules():
-        remove_hooks(module)
     layer = layer.to(dtype).eval()
-    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    pool = _noise((_POOL,), dtype, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 continue
-            noise = _fill(torch.empty(parameter.numel(), dtype=dtype), pool).view(parameter.shape).to(parameter.device)
+            noise = (
+                _fill(torch.empty(parameter.numel(), dtype=dtype, device="cpu"), pool)
+                .view(parameter.shape)
+                .to(parameter.device)
+            )
             if parameter.ndim < 2:
                 parameter.add_(noise, alpha=0.3)
             else:
                 parameter.copy_(noise.mul_(1.5 / math.sqrt(max(parameter.shape[-2:]))))
     return layer
+
+
+def _noise(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")  # whatever the default device
 
 
 def _fill(flat: Tensor, pool: Tensor) -> Tensor:

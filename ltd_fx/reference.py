@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ltd_fx.preserve import tensors_in
 from ltd_fx.torch_private import SOFTMAXES, TO_COPY, TorchDispatchMode, is_grouped_mm, safe_softmax
 
 _FACTORIES = {
@@ -95,6 +96,27 @@ class Scores(TorchDispatchMode):
             self.scores = scores.movedim(dim, -1).clone()
         self.count += 1
         return func(scores, dim, *rest, **kwargs)
+
+
+class DefaultDtype(TorchDispatchMode):
+    """What a layer makes without naming a dtype goes with its weights, as it did before these were cast to ``dtype``.
+
+    torch's own default is the whole process's: other threads would see it change.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype() or result.dtype == self.dtype:
+            return result
+        given = tensors_in((*args, *kwargs.values()))
+        # torch.tensor makes its tensor unseen, and has it lifted
+        unnamed = kwargs.get("dtype") is None and not any(t.is_floating_point() or t.is_complex() for t in given)
+        return result.to(self.dtype) if unnamed or func is torch.ops.aten.lift_fresh.default else result
 
 
 def _grouped_mm(rows: Tensor, experts: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -5,8 +5,9 @@ still holds.
 """
 
 import inspect
-import types
+import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -73,7 +74,12 @@ class RoutedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
-        return _rebuild, type(self)._ltd_arguments, self.__dict__
+        attributes = {name: value for name, value in self.__dict__.items() if not routes(value, self)}
+        return _rebuild, type(self)._ltd_arguments, attributes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _set_forward(self)
 
 
 setattr(RoutedLayer, REPLICATE, refuse_replicas)
@@ -137,7 +143,6 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(compile(code.src, "<ltd_fx routed layer>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
-    forward.__name__ = "_ltd_forward"  # a bound method is pickled by name
     return forward
 
 
@@ -147,7 +152,39 @@ def swap_class(slot: nn.Module, routed: type[RoutedLayer], site: Site) -> None:
     setattr(slot, SITE, site)
     # On the instance, where hooks and `layer.compile()` are outside; the class's own `forward`, which transformers
     # checkpoints (with its recompute), is inside.
-    slot.forward = types.MethodType(routed._ltd_forward, slot)
+    assert isinstance(slot, RoutedLayer)
+    _set_forward(slot)
+
+
+def _set_forward(slot: RoutedLayer) -> None:
+    forward = _bound(type(slot)._ltd_forward, weakref.ref(slot))
+    forward.__signature__ = _signature(type(slot)._ltd_forward)  # type: ignore[attr-defined]
+    slot.forward = forward
+
+
+def _bound(function: Callable[..., Any], layer: weakref.ref[nn.Module]) -> Callable[..., Any]:
+    """A method of ``layer`` that does not hold it: its weights would stay until cycles are collected."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(layer(), *args, **kwargs)
+
+    return forward
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
+def routes(forward: Any, layer: nn.Module) -> bool:
+    """Whether ``forward`` is what :func:`swap_class` gave to ``layer``."""
+    if getattr(forward, "__code__", None) is not _BOUND:
+        return False
+    return any(cell.cell_contents == weakref.ref(layer) for cell in forward.__closure__)
+
+
+_BOUND = _bound(print, weakref.ref(nn.Module())).__code__
 
 
 def swap_back(slot: nn.Module) -> None:

@@ -5,8 +5,10 @@ Each has a test of its name in ``tests/test_torch_private.py``, which says what 
 below. ``torch._dynamo`` and ``torch._inductor`` load when a function here needs them, not on import.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,28 +36,37 @@ __all__ = [
     "TorchDispatchMode",
     "allow_side_effects",
     "at_compile_time",
+    "call_without_hooks",
     "check_with",
     "child_slots",
     "constant_local_maybe",
     "fake_mode_of",
+    "hooks_of",
     "in_backward",
+    "is_fake",
     "is_functorch_wrapped_tensor",
     "is_grouped_mm",
     "is_replica",
     "mark_dynamic",
     "must_recompute",
     "pytree",
-    "remove_hooks",
+    "replace_tensors",
     "safe_softmax",
     "set_decompositions",
     "skip_code",
     "traced_graph_maybe",
+    "written_by",
 ]
 
 # ---- fake tensors
 
 FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
 """The logger to which an operator that fails on fake tensors is written, although it raises too."""
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor was made by a :class:`FakeTensorMode`."""
+    return isinstance(tensor, FakeTensor)
 
 
 def fake_mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
@@ -73,6 +84,14 @@ safe_softmax = torch.ops.aten._safe_softmax
 
 TO_COPY = torch.ops.aten._to_copy.default
 """What a change of dtype or device comes to under a :class:`TorchDispatchMode`."""
+
+
+@cache
+def written_by(op: OpOverload) -> frozenset[int | str]:
+    """The arguments that the operator writes to, by position and by name."""
+    written = [(i, argument.name) for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+    return frozenset(key for pair in written for key in pair)
+
 
 check_with = torch._check_with
 """``(error, condition, message)``: raise ``error(message())`` unless the condition holds. One on a size that is only
@@ -174,15 +193,35 @@ def child_slots(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def remove_hooks(module: nn.Module) -> None:
-    """Take all hooks off a module whose handles are not at hand, such as a copy. Not those of its parameters."""
-    for hooks in (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    ):
-        hooks.clear()
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The module's hooks by their handles' numbers, forward ones first. Not those of its parameters."""
+    return [module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks]
+
+
+def replace_tensors(
+    module: nn.Module, buffer: Callable[[Any], Any], parameter: Callable[[Any], Any] | None = None
+) -> None:
+    """Give the module tensors made of its own, or of ``None``, until its ``__dict__`` is put back."""
+    if module._buffers:
+        module.__dict__["_buffers"] = {name: buffer(value) for name, value in module._buffers.items()}
+    if module._parameters and parameter is not None:
+        module.__dict__["_parameters"] = {name: parameter(value) for name, value in module._parameters.items()}
+
+
+def call_without_hooks(module: nn.Module, but: Callable[[Any], bool]) -> None:
+    """Until its ``__dict__`` is put back, the module calls none of the forward hooks that it has, ``but`` some.
+
+    Nor those for all modules of the process, unless it has some of its own; nor what ``module.compile()`` made.
+    """
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        kept = [(number, hook) for number, hook in module.__dict__[name].items() if but(hook)]
+        module.__dict__[name] = OrderedDict(kept)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hooked = module._forward_pre_hooks or module._forward_hooks  # the forward may have added some
+        return module._call_impl(*args, **kwargs) if hooked else module.forward(*args, **kwargs)
+
+    module.__dict__["_compiled_call_impl"] = call
 
 
 REPLICATE = "_replicate_for_data_parallel"

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from ltd_fx import LayerPattern, LTDError
 from ltd_fx.capture import KWARGS, LAYER, call_graph, layer_graph
-from ltd_fx.observe import describe, observe, run_fake
+from ltd_fx.observe import describe, observe
 from ltd_fx.passes import Target, align, check, locate, route
+from ltd_fx.preserve import Sandbox
 
 
 def forward(x: Tensor, mask: Tensor | None = None, *rest: Any, gain: float = 1.0, **extras: Any) -> Tensor:
@@ -128,7 +129,7 @@ def test_recording_leaves_the_model_and_the_random_state_alone(llama: Case) -> N
     layers = {f"model.layers.{i}": model.model.layers[i] for i in (1, 2)}
     buffers = dict(model.named_buffers())
     state = torch.random.get_rng_state()
-    graph = call_graph(observe(model, layers, describe((), text())))
+    graph = call_graph(observe(model, layers, describe((), text()), sandbox=Sandbox(model)))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
     assert not any(layer._forward_hooks for layer in layers.values())
@@ -139,5 +140,6 @@ def test_recording_leaves_the_model_and_the_random_state_alone(llama: Case) -> N
 
 
 def test_fake_runs_report_what_fails() -> None:
+    model = nn.Linear(3, 3)
     with pytest.raises(LTDError, match=r"fake tensors.*reduction dim"):
-        run_fake(nn.Linear(3, 3), *describe((torch.zeros(2, 4),), {}))
+        observe(model, {}, describe((torch.zeros(2, 4),), {}), sandbox=Sandbox(model))

@@ -47,6 +47,14 @@ def test_fake_tensor_mode() -> None:
     assert type(layer.weight) is nn.Parameter
 
 
+def test_is_fake() -> None:
+    with torch_private.FakeTensorMode():
+        fake = torch.empty(2)
+    assert torch_private.is_fake(fake)
+    assert torch_private.is_fake(nn.Parameter(fake))
+    assert not torch_private.is_fake(torch.empty(2))
+
+
 def test_fake_mode_of() -> None:
     with torch_private.FakeTensorMode():
         fake = torch.empty(2)
@@ -65,6 +73,14 @@ def test_fake_tensor_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # ---- operators
+
+
+def test_written_by() -> None:
+    aten = torch.ops.aten
+    assert torch_private.written_by(aten.add_.Tensor) == {0, "self"}
+    assert torch_private.written_by(aten.add.out) == {3, "out"}
+    assert torch_private.written_by(aten._foreach_add_.Scalar) == {0, "self"}
+    assert torch_private.written_by(aten.add.Tensor) == set()
 
 
 def dispatched(function: Callable[[], Any]) -> list[Any]:
@@ -182,8 +198,7 @@ def test_child_slots() -> None:
     assert torch_private.child_slots(parent) == {"first": child, "again": child, "none": None}
 
 
-def test_remove_hooks() -> None:
-    """None of any kind is left."""
+def hooked() -> tuple[nn.Module, list[str]]:
     ran: list[str] = []
     module = nn.Linear(2, 2)
     for name in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
@@ -192,9 +207,50 @@ def test_remove_hooks() -> None:
     module(torch.ones(1, 2, requires_grad=True)).sum().backward()
     assert len(ran) == 5
     ran.clear()
-    torch_private.remove_hooks(module)
+    return module, ran
+
+
+def test_hooks_of() -> None:
+    """All kinds: a module without them calls none."""
+    module, ran = hooked()
+    for hooks in torch_private.hooks_of(module):
+        hooks.clear()
     module(torch.ones(1, 2, requires_grad=True)).sum().backward()
     assert ran == []
+
+
+def test_call_without_hooks() -> None:
+    """Nor those of all modules, nor what was compiled; those that are added later are called."""
+    module, ran = hooked()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *args: ran.append("everywhere"))
+    module.compile(backend=lambda *args: pytest.fail("compiled"))
+    before = dict(module.__dict__)
+    torch_private.call_without_hooks(module, but=lambda hook: False)
+    assert module(torch.ones(1, 2)).shape == (1, 2)
+    assert ran == []
+    module.register_forward_hook(lambda *args: ran.append("added"))
+    module(torch.ones(1, 2))
+    assert "added" in ran
+    module.__dict__.clear()
+    module.__dict__.update({**before, "_compiled_call_impl": None})
+    ran.clear()
+    torch_private.call_without_hooks(module, but=lambda hook: True)
+    module(torch.ones(1, 2))
+    everywhere.remove()
+    assert sorted(ran) == ["everywhere", "forward", "forward_pre", "with_kwargs"]
+
+
+def test_replace_tensors() -> None:
+    module = nn.BatchNorm1d(2, affine=True)
+    before, buffers, weight = dict(module.__dict__), dict(module.named_buffers()), module.weight
+    torch_private.replace_tensors(module, torch.clone, lambda p: nn.Parameter(p * 2))
+    module(torch.ones(3, 2))
+    assert module.num_batches_tracked == 1
+    assert torch.equal(module.weight, weight * 2)
+    module.__dict__.update(before)
+    assert all(buffers[name] is buffer for name, buffer in module.named_buffers())
+    assert module.num_batches_tracked == 0
+    assert module.weight is weight
 
 
 def test_orig_mod() -> None:
