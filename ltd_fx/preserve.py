@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ltd_fx.errors import LTDError
 from ltd_fx.outside import Outside
 from ltd_fx.torch_private import (
     FakeTensorMode,
@@ -19,6 +21,7 @@ from ltd_fx.torch_private import (
     call_without_hooks,
     is_fake,
     replace_tensors,
+    storage_of,
     written_by,
 )
 
@@ -32,13 +35,21 @@ class Sandbox:
     Attributes:
         mode: of all fake tensors made here.
 
+    Raises:
+        LTDError: the model has parameters that only a forward makes.
+
     """
 
     def __init__(self, model: nn.Module) -> None:
+        lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+        if lazy is not None:
+            raise LTDError(
+                f"ltd_fx: the first forward of the model makes its parameter {lazy}: run one before, in eval"
+            )
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = model
         self._outside = Outside(model)
-        self._parameters: dict[int, Any] = {}
+        self._fakes: dict[int, Any] = {}
 
     @contextmanager
     def open(self, module: nn.Module | None = None, *, fake: bool = False) -> Iterator[None]:
@@ -71,9 +82,9 @@ class Sandbox:
 
     def _fake_parameter(self, parameter: Tensor | None) -> Tensor | None:
         key = id(parameter)
-        if key not in self._parameters:
-            self._parameters[key] = self._fake(parameter)
-        return self._parameters[key]  # type: ignore[no-any-return]
+        if key not in self._fakes:
+            self._fakes[key] = self._fake(parameter)
+        return self._fakes[key]  # type: ignore[no-any-return]
 
     def _fake(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not _is_plain(tensor):
@@ -108,7 +119,7 @@ def _attributes(modules: list[nn.Module]) -> Iterator[None]:
     parameters = [
         (p, p.data, p.grad, p.requires_grad)
         for module in modules
-        for p in module._parameters.values()
+        for p in module.parameters(recurse=False)
         if type(p) is nn.Parameter
     ]
     try:
@@ -148,7 +159,7 @@ class _Writes(TorchDispatchMode):
 
     def is_new(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was made within."""
-        return is_fake(tensor) or _storage(tensor) in self._new
+        return is_fake(tensor) or storage_of(tensor) in self._new
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -158,16 +169,17 @@ class _Writes(TorchDispatchMode):
             for tensor in tensors_in(value for key, value in given if key in written):
                 self._save(tensor)
         result = func(*args, **kwargs)
-        made = {_storage(tensor) for tensor in tensors_in((result,)) if not is_fake(tensor)}
+        made = {storage_of(tensor) for tensor in tensors_in((result,)) if not is_fake(tensor)}
         if made:
-            self._new |= made - {_storage(tensor) for tensor in tensors_in((*args, *kwargs.values()))}
+            self._new |= made - {storage_of(tensor) for tensor in tensors_in((*args, *kwargs.values()))}
         return result
 
     def _save(self, tensor: Tensor) -> None:
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if not self.is_new(tensor) and key not in self._before and tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            self._before[key] = storage, storage.clone()
+            # all of what it is a view of; of a class of its own, what it says that it is
+            value = tensor.untyped_storage() if type(tensor) in (Tensor, nn.Parameter) else tensor.detach()
+            self._before[key] = value, value.clone()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
@@ -182,11 +194,6 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from tensors_in(value)
-
-
-def _storage(tensor: Tensor) -> int:
-    """Of which storage it is a view."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ __all__ = [
     "safe_softmax",
     "set_decompositions",
     "skip_code",
+    "storage_of",
     "traced_graph_maybe",
     "written_by",
 ]
@@ -72,6 +73,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def fake_mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """The mode in which new tensors go together with ``tensor``: its own where it is fake, else none."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else nullcontext()
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number of the memory that the tensor is a view of; fake and wrapped tensors, which have none, have one too."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
 # ---- operators

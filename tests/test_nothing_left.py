@@ -227,3 +227,13 @@ class Making(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = torch.ones(D, D) + torch.full((D, D), 0.5) + torch.tensor([0.5]) + torch.arange(D) / D
         return x + self.attention(x @ made / D)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_parameters_that_a_forward_makes_are_left_to_it(lazy: bool) -> None:
+    model = Net()
+    model.inputs = nn.LazyLinear(D)
+    with pytest.raises(LTDError, match=r"makes its parameter inputs\.weight: run one before"):
+        ltd_fx.transform(model, example_inputs=None if lazy else (inputs(),))(inputs())
+    assert type(model.inputs) is nn.LazyLinear
+    assert type(model.inputs.weight) is nn.UninitializedParameter

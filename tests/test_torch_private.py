@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ltd_fx import LTDError, torch_private
 
@@ -70,6 +71,19 @@ def test_fake_tensor_log(caplog: pytest.LogCaptureFixture) -> None:
     with torch_private.FakeTensorMode(), pytest.raises(RuntimeError):
         torch.empty(2, 3) @ torch.empty(2, 3)
     assert {record.name for record in caplog.records} == {torch_private.FAKE_TENSOR_LOG}
+
+
+def test_storage_of() -> None:
+    """Views of one memory have one; tensors without any have some."""
+    tensor, other = torch.zeros(2, 3), torch.zeros(2, 3)
+    assert torch_private.storage_of(tensor) == torch_private.storage_of(tensor[1:].T)
+    assert torch_private.storage_of(tensor) == torch_private.storage_of(tensor.detach())
+    assert torch_private.storage_of(tensor) != torch_private.storage_of(other)
+    two = TwoTensor(tensor, other)
+    with torch_private.FakeTensorMode():
+        fake = torch.empty(2)
+    numbers = [torch_private.storage_of(t) for t in (tensor, two, fake, torch.eye(2).to_sparse())]
+    assert len(set(numbers)) == 4
 
 
 # ---- operators
