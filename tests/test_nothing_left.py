@@ -65,6 +65,20 @@ class Net(nn.Module):
         return x
 
 
+class Calm(nn.Module):
+    """Changes nothing in its forward."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.inputs, self.layers = nn.Linear(D, D), nn.ModuleList(layer() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Refused(Layer):
     """Sees a number of tokens, so it may not see fewer."""
 
@@ -153,12 +167,12 @@ def test_the_first_training_forward_counts_once() -> None:
 
 
 def test_inputs_are_not_written_to() -> None:
-    class Writing(Net):
+    class Writing(Calm):
         def forward(self, x: Tensor) -> Tensor:
             x.mul_(2)
             return super().forward(x)
 
-    model, x = Writing(), inputs()
+    model, x = Writing(Making), inputs()
     ltd_fx.transform(model, example_inputs=(x,))
     ltd_fx.verify(model, (x,))
     assert torch.equal(x, inputs())
@@ -172,7 +186,7 @@ def test_hooks_of_the_run_are_not_called() -> None:
         if len(calls) > 1000:
             raise AssertionError("a hook of the user's")
 
-    model, x = Net().train(), inputs()
+    model, x = Calm(Making).train(), inputs()
     handles = [register_module_forward_hook(hook), register_module_forward_pre_hook(hook)]
     for module in (model, model.inputs, model.layers[1], model.layers[1].attention.q):
         handles += [module.register_forward_hook(hook), module.register_forward_pre_hook(hook)]
@@ -190,7 +204,7 @@ def test_hooks_of_the_run_are_not_called() -> None:
 
 def test_hooks_that_compute_are() -> None:
     """Weight norm of the old kind makes the weight in a hook."""
-    model = Net().train()
+    model = Calm(Making).train()
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(model.inputs)
     del model.inputs.weight
@@ -201,7 +215,7 @@ def test_hooks_that_compute_are() -> None:
 
 def test_other_threads_keep_their_default_dtype() -> None:
     seen: set[torch.dtype] = set()
-    done, model = threading.Event(), Net(Making).train()
+    done, model = threading.Event(), Calm(Making).train()
 
     def watch() -> None:
         while not done.is_set():
@@ -231,7 +245,7 @@ class Making(nn.Module):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_parameters_that_a_forward_makes_are_left_to_it(lazy: bool) -> None:
-    model = Net()
+    model = Calm(Making)
     model.inputs = nn.LazyLinear(D)
     with pytest.raises(LTDError, match=r"makes its parameter inputs\.weight: run one before"):
         ltd_fx.transform(model, example_inputs=None if lazy else (inputs(),))(inputs())
