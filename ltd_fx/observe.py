@@ -80,7 +80,7 @@ def observe(
         layers: by fully qualified name.
         inputs: (args, kwargs), from :func:`describe` where ``fake``, else values.
         sandbox: of the model.
-        training: in training mode, else in eval mode.
+        training: the model is in training mode, else in eval mode, as the layers always are.
         fake: on fake tensors.
         kinds: layers of one kind (by name) give outputs of the same shapes, so the bodies of few need to run.
 
@@ -118,9 +118,13 @@ def _watch(
     *,
     training: bool,
 ) -> None:
-    """Have the layers call what ``watch`` makes of their forwards, and the model run in a mode, until put back."""
+    """Have the layers call what ``watch`` makes of their forwards, and the model run in a mode, until put back.
+
+    The layers themselves are in eval mode: those that are routed already run dense.
+    """
     model.train(training)
     for name, layer in layers.items():
+        layer.eval()
         layer.forward = watch(name, layer.forward)
 
 
@@ -158,7 +162,7 @@ def observe_values(
 ) -> dict[str, Call]:
     """The first call of each of ``layers`` in one real forward, which ends when all have been called.
 
-    The arguments are as for :func:`observe`. The layers themselves are in eval mode: routed ones run dense.
+    The arguments are as for :func:`observe`.
 
     Raises:
         LTDError: the forward fails.
@@ -178,8 +182,6 @@ def observe_values(
     args, kwargs = inputs
     with suppress(_Stop), sandbox.open():
         _watch(model, layers, watch, training=training)
-        for layer in layers.values():
-            layer.eval()
         _run(model, args, kwargs, failing="fails")
     return calls
 
