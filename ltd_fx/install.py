@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from ltd_fx.capture import call_graph
+from ltd_fx.capture import call_graph, forget_objects
 from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.examine import Examination
@@ -166,6 +166,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     targets = targets_of(layers)
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
+        forget_objects(graph)
     if isinstance(model, fx.GraphModule):
         rewrite.original = route_graph(model, targets, sites)
         graph = model.graph

@@ -51,6 +51,29 @@ class Real(Net):
         return super().forward(x[torch.ones(len(x)).nonzero()[:, 0]], mask)
 
 
+class Context:
+    """What layers are called with that is no tensor: the batch, and the model."""
+
+    def __init__(self, *held: Any) -> None:
+        self.held = held
+
+
+class LayerInContext(Layer):
+    def forward(self, x: Tensor, mask: Tensor, context: Context) -> Tensor:
+        return super().forward(x, mask)
+
+
+class InContext(Net):
+    def __init__(self) -> None:
+        super().__init__(LayerInContext)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        context, x = Context(self, x), x[torch.ones(len(x)).nonzero()[:, 0]]
+        for layer in self.layers:
+            x = layer(x, mask, context)
+        return x
+
+
 def learnt(model: nn.Module, batch: Any) -> Any:
     ltd_fx.transform(model, example_inputs=batch)
 
@@ -104,7 +127,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("by_counts")
-@pytest.mark.parametrize("kind", [Net, Real])
+@pytest.mark.parametrize("kind", [Net, Real, InContext])
 @pytest.mark.parametrize("use", [learnt, trained, verified, restored, on_a_route, outlived, copied])
 def test_batches_and_weights_are_freed_at_once(use: Callable[..., Any], kind: type[Net]) -> None:
     model, inputs = kind(), batch()
