@@ -31,6 +31,7 @@ _TRANSPARENT = (
 )
 _PLAIN = (types.NoneType, str, bytes, int, float, torch.dtype, torch.device, Tensor, types.ModuleType)
 _UNASSIGNED = object()
+_NOTHING: list[Any] = []
 _OWN = vars(nn.Module()).keys()
 
 
@@ -52,7 +53,8 @@ class Outside:
             if isinstance(holder, functools._lru_cache_wrapper):
                 self._caches.append((holder, holder.cache_info().misses))
             else:
-                self._held.append((holder, _keys(holder), _contents(holder)))
+                # one for all that is empty: most are, and each list is the garbage collector's work
+                self._held.append((holder, _keys(holder) or _NOTHING, _contents(holder) or _NOTHING))
 
     def put_back(self, is_new: Callable[[Tensor], bool]) -> None:
         """Put back what has come to hold a tensor for which ``is_new`` is true."""
