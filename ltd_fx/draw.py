@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,13 +17,23 @@ from ltd_fx.torch_private import at_compile_time, constant_local_maybe, in_backw
 _CALL = 1 << 16
 
 
+class Length(Protocol):
+    """How many tokens a layer keeps of sequences of ``seq_len``; all of them where that is no fewer."""
+
+    def tokens(self, seq_len: int) -> int: ...
+
+
 class Drawn(NamedTuple):
-    """What the draw of one call depends on: enough to draw again (see ``replay``). ``keep`` is S where it ran dense."""
+    """What the draw of one call depends on: enough to draw again (see ``replay``). ``keep`` is S where it ran dense.
+
+    ``mask`` is the batch's, where ``protect`` names it.
+    """
 
     key: Tensor
     batch: int
     seq_len: int
     keep: int
+    mask: Tensor | None
 
 
 class Site:
@@ -49,7 +59,7 @@ class Site:
         self.number = self._first  # of the call in progress
         self._layer = weakref.ref(layer)  # which holds its site: a cycle would keep the weights until it is collected
         self.state = state
-        self.length = state.lengths[None] if length is None else length
+        self.length: Length = state.lengths[None] if length is None else length
         self.span = span  # on a route over several layers
         self.in_graph = in_graph
         self.fixed: Tensor | None = None  # while verifying: the indices to keep
@@ -65,7 +75,8 @@ class Site:
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layer": self.layer}
+        """For copies and ``torch.save(model)``: they have seen no forward."""
+        return {**self.__dict__, "_layer": self.layer, "_earlier": (), "_latest": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
@@ -93,7 +104,7 @@ class Site:
                     raise LTDError(
                         f"ltd_fx: activation checkpointing recomputes {self.name}, which the forward called "
                         f"{len(self.drawn)} times: nothing tells which of its draws to repeat. Checkpoint inside the "
-                        "layer (transformers' gradient_checkpointing_enable() does), or around all of its calls"
+                        "layer (transformers' gradient_checkpointing_enable() does)"
                     )
                 return
             record(self._count_call)
@@ -116,7 +127,7 @@ class Site:
         return self._first + call * _CALL if call else self._first
 
     def _set_drawn(self, batch: int, seq_len: int, keep: int) -> None:
-        self._latest = Drawn(self.state.key, batch, seq_len, keep)
+        self._latest = Drawn(self.state.key, batch, seq_len, keep, self.state.mask)
 
     def move(self, device: torch.device) -> None:
         self._first = self.number = self._first.to(device)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.alike import likeness, shapes, structure
+from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.find import Layer
 from ltd_fx.infer import infer_pattern, per_head, with_positions
@@ -17,6 +18,7 @@ from ltd_fx.patterns import is_registered
 from ltd_fx.preserve import Sandbox
 from ltd_fx.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.proof import prove
+from ltd_fx.rehearse import rehearse
 from ltd_fx.report import Proof
 
 # Enough to tell any two ways of routing apart.
@@ -78,6 +80,15 @@ class Examination:
         self.training = bool(other) or (now.keys() > before.keys())
         if self.training:
             self.calls = calls
+
+    def rehearse(self, sites: list[Site]) -> None:
+        """See that the model runs with its layers routed.
+
+        Raises:
+            LTDError: it does not, but does with them dense.
+
+        """
+        rehearse(self._model, sites, self._inputs, sandbox=self._sandbox, fake=self._fake)
 
     def _pick(self, layers: list[Layer]) -> dict[str, str]:
         """For each called layer the one whose proof is its own: of layers alike and called alike, the first two."""

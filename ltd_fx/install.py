@@ -155,7 +155,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         LTDError: a layer cannot be routed.
 
     """
-    state, layers, graph, proofs = rewrite.state, rewrite.layers, None, {}
+    state, layers, graph, proofs, examination = rewrite.state, rewrite.layers, None, {}, None
     if inputs is not None:
         rewrite.forms.add(_form(inputs))
         examination = Examination(model, layers, inputs)
@@ -177,6 +177,13 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         ]
         for site, routed in zip(sites, classes, strict=True):
             swap_class(site.layer, routed, site)
+        if examination is not None:
+            try:
+                examination.rehearse(sites)
+            except LTDError:
+                for site in sites:
+                    swap_back(site.layer)
+                raise
     for hook in rewrite.pending:
         hook.remove()
     rewrite.pending = ()

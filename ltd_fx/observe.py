@@ -63,6 +63,19 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
         raise LTDError(f"ltd_fx: the model's forward {failing}: {type(error).__name__}: {error}") from error
 
 
+def run_forward(model: nn.Module, inputs: Any, sandbox: Sandbox, *, fake: bool) -> None:
+    """One forward within ``sandbox.open(fake=fake)``; ``inputs`` are from :func:`describe` where ``fake``, else values.
+
+    Raises:
+        LTDError: it fails.
+
+    """
+    if fake:
+        _run_fake(model, sandbox.mode, *inputs)
+    else:
+        _run(model, *inputs, failing="fails")
+
+
 def observe(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -104,10 +117,7 @@ def observe(
 
     with sandbox.open(fake=fake):
         _watch(model, layers, watch, training=training)
-        if fake:
-            _run_fake(model, sandbox.mode, *inputs)
-        else:
-            _run(model, *inputs, failing="fails")
+        run_forward(model, inputs, sandbox, fake=fake)
         return _hollow(calls, sandbox.mode)
 
 

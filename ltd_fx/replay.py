@@ -30,11 +30,11 @@ def sampled_indices(sites: list[Site]) -> dict[str, Tensor]:
 
 
 def _indices(site: Site, call: int, drawn: Drawn) -> Tensor:
-    key, batch, seq_len, keep = drawn
+    key, batch, seq_len, keep, mask = drawn
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)
     rows = 1 if site.state.shared else batch
-    rank = rank_tokens(site.state, site.state.mask, key.device, batch, seq_len)
+    rank = rank_tokens(site.state, mask, key.device, batch, seq_len)
     number = site.number_of(call).to(key.device)
     indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, key, rows, seq_len, keep, rank)
     return indices.expand(batch, keep)

@@ -1,7 +1,8 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,17 @@ class RouteState:
             f"ltd_fx: {name} is given a key-value cache with tokens in training mode, of which routed layers would "
             "have those only that they kept; call model.eval() before generating, and train without a cache"
         )
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """As if a forward of the root were under way; its draws are nobody's, and no batch's mask is known."""
+        names = ("key", "mask", "under_way", "warned", "_grad", "_recomputable", "_ambiguous")
+        before = {name: getattr(self, name) for name in names}
+        self.mask, self.under_way, self.warned = None, True, True
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     def end_forward(self) -> None:
         """A training forward of the root is over."""
