@@ -12,6 +12,7 @@ from toy import snapshot
 
 import ltd_fx
 from ltd_fx import Aligned, LayerPattern, LTDError, patterns
+from ltd_fx.layer_pattern import argument_names
 from ltd_fx.observe import Call
 from ltd_fx.preserve import Sandbox
 from ltd_fx.proof import prove
@@ -73,9 +74,7 @@ CUSTOM = LayerPattern(
     output=1,
     dropped=(0,),
 )
-LLAMA = LayerPattern(
-    aligned={"attention_mask": (2, 3), "position_embeddings": (1,), "position_ids": (1,)}, cache="past_key_values"
-)
+LLAMA = LayerPattern(aligned={"attention_mask": (2, 3), "position_embeddings": (1,), "position_ids": (1,)})
 OMIT = "left out"
 CUSTOM_MISTAKES: dict[str, Any] = {
     "output slot": {"output": 0},
@@ -129,6 +128,12 @@ def llama_layer() -> type[nn.Module]:
     return pytest.importorskip("transformers.models.llama.modeling_llama").LlamaDecoderLayer
 
 
+def llama_pattern(mistake: dict[str, Any] | None = None) -> LayerPattern:
+    arguments = argument_names(llama_layer())  # releases of transformers differ in one name
+    pattern = replace(LLAMA, cache="cache" if "cache" in arguments else "past_key_values")
+    return pattern if mistake is None else broken(pattern, mistake)
+
+
 def told(model: nn.Module, layer_class: type, pattern: LayerPattern, inputs: dict[str, Tensor], name: str) -> None:
     ltd_fx.register_pattern(layer_class, pattern)
     report = ltd_fx.verify(ltd_fx.transform(model), inputs)
@@ -155,7 +160,7 @@ def test_a_mistake_in_a_custom_pattern_is_told(mistake: str) -> None:
 
 @pytest.mark.parametrize("mistake", LLAMA_MISTAKES)
 def test_a_mistake_in_llamas_pattern_is_told(mistake: str) -> None:
-    told(llama(), llama_layer(), broken(LLAMA, LLAMA_MISTAKES[mistake]), llama_inputs(), "model.layers.1")
+    told(llama(), llama_layer(), llama_pattern(LLAMA_MISTAKES[mistake]), llama_inputs(), "model.layers.1")
 
 
 @pytest.mark.parametrize("mistake", ["returned", "output slot", "table ()", "joint prefix 1", "mask (2,)", "scale ()"])
@@ -166,7 +171,7 @@ def test_a_mistake_in_a_custom_pattern_is_refused_with_examples(mistake: str) ->
 
 @pytest.mark.parametrize("mistake", ["attention_mask batch 1", "position_embeddings ()", "only sines", "batch_first"])
 def test_a_mistake_in_llamas_pattern_is_refused_with_examples(mistake: str) -> None:
-    ltd_fx.register_pattern(llama_layer(), broken(LLAMA, LLAMA_MISTAKES[mistake]))
+    ltd_fx.register_pattern(llama_layer(), llama_pattern(LLAMA_MISTAKES[mistake]))
     refused(llama(), llama_inputs(), r"model\.layers\.1 .*cannot be routed|too short to prove")
 
 
@@ -179,7 +184,7 @@ def test_batch_and_sequence_mistaken_for_each_other_are_refused(batch: int, seq:
 @pytest.mark.parametrize("sampling", ["per_sample", "shared"])
 def test_the_correct_patterns_are_verified_and_reported(sampling: str) -> None:
     ltd_fx.register_pattern(Custom, CUSTOM)
-    ltd_fx.register_pattern(llama_layer(), LLAMA)
+    ltd_fx.register_pattern(llama_layer(), llama_pattern())
     for model, inputs in ((Stack(Custom, slot=1), custom_inputs()), (llama(), llama_inputs())):
         ltd_fx.transform(model, sampling=sampling)
         report = ltd_fx.verify(model, inputs)
