@@ -46,8 +46,10 @@ def _align_mpt_bias(draw: Draw | None, bias: Any) -> Any:
     return align(draw, bias[:, :, -draw.seq_len :], "position_bias", Aligned((2,), batch=None))
 
 
+# The tokens' numbers ``[S]``, which layers of older releases take: a built-in pattern may name what a class lacks.
+_PLACES: dict[str, Align] = {"cache_position": (0,)}
 _DECODER = LayerPattern(
-    aligned={"attention_mask": align_attention_mask, "position_ids": (1,), "position_embeddings": (1,)},
+    aligned={"attention_mask": align_attention_mask, "position_ids": (1,), "position_embeddings": (1,), **_PLACES},
     cache="past_key_values",
 )
 _ENCODER = LayerPattern(aligned={"attention_mask": align_attention_mask})
@@ -72,6 +74,7 @@ _BUILT_IN: dict[tuple[str, str], Entry] = {
             "encoder_hidden_states": (),
             "encoder_attention_mask": (2,),
             "position_ids": (1,),
+            **_PLACES,
         },
         cache="past_key_values",
     ),
@@ -80,12 +83,15 @@ _BUILT_IN: dict[tuple[str, str], Entry] = {
             "attention_mask": align_attention_mask,
             "encoder_hidden_states": (),
             "encoder_attention_mask": (2,),
+            **_PLACES,
         },
         cache="past_key_values",
     ),
     ("transformers.models.vit.modeling_vit", "ViTLayer"): _ENCODER,
     ("transformers.models.mpt.modeling_mpt", "MptBlock"): LayerPattern(
-        aligned={"attention_mask": (2, 3), "position_bias": _align_mpt_bias}, dropped=(1,), cache="layer_past"
+        aligned={"attention_mask": (2, 3), "position_bias": _align_mpt_bias, **_PLACES},
+        dropped=(1,),
+        cache="layer_past",
     ),
     ("timm.models.vision_transformer", "Block"): _TIMM_BLOCK,
     **{
@@ -103,7 +109,7 @@ _BUILT_IN: dict[tuple[str, str], Entry] = {
 _registered: dict[type[nn.Module], Entry] = {}
 _logged: set[type[nn.Module]] = set()  # classes of which the log has the line
 
-# What releases of the libraries have called the same argument.
+# What releases of the libraries have called the same cache.
 _OTHER_NAMES = {
     "past_key_values": ("cache", "past_key_value", "layer_past"),
     "layer_past": ("past_key_values", "cache"),
@@ -161,7 +167,7 @@ def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
         pattern.check(layer_class)  # inherited, or made by a function: it may not fit this very class
         return pattern
     entry = _BUILT_IN[base.__module__, base.__qualname__]
-    pattern = _renamed(entry if isinstance(entry, LayerPattern) else entry(layer), layer_class)
+    pattern = _adapted(entry if isinstance(entry, LayerPattern) else entry(layer), layer_class)
     misfit = _misfit(pattern, layer_class)
     if misfit is not None:
         _log_misfit(layer_class, misfit)
@@ -180,20 +186,16 @@ def _overrides_forward(layer_class: type[nn.Module], base: type[nn.Module]) -> b
     return inspect.unwrap(layer_class.forward) is not inspect.unwrap(base.forward)
 
 
-def _renamed(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPattern:
-    """``pattern`` with the names that ``layer_class`` has for its arguments, where a release renamed them."""
+def _adapted(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPattern:
+    """``pattern`` with the name that ``layer_class`` has for the cache, less what it cannot be given."""
     names = argument_names(layer_class)
-
-    def now(name: str) -> str:
-        others = _OTHER_NAMES.get(name, ())
-        return name if name in names else next((other for other in others if other in names), name)
-
-    return replace(
-        pattern,
-        hidden=now(pattern.hidden),
-        aligned={now(name): entry for name, entry in pattern.aligned.items()},
-        cache=None if pattern.cache is None else now(pattern.cache),
-    )
+    parameters = forward_signature(layer_class).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    cache = pattern.cache
+    if cache is not None and cache not in names:
+        cache = next((other for other in _OTHER_NAMES[cache] if other in names), cache)
+    aligned = {name: entry for name, entry in pattern.aligned.items() if takes_any or name in names}
+    return replace(pattern, aligned=aligned, cache=cache)
 
 
 def _misfit(pattern: LayerPattern, layer_class: type[nn.Module]) -> str | None:

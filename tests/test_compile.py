@@ -67,6 +67,7 @@ def test_inductor_fuses_the_route_and_agrees(llama: Case) -> None:
     assert not any("ops.ltd_fx" in kernel.replace(sampling, "") for kernel in code)
 
 
+@pytest.mark.compat("torch")
 def test_layers_compiled_one_by_one_share_their_graphs(llama: Case) -> None:
     model = CASES["llama"].model()
     scheduler = ltd_fx.LTDScheduler(4, SEQ, 4)
@@ -148,6 +149,7 @@ def test_two_compiled_forwards_before_one_backward(llama: Case) -> None:
     assert_same(*results)
 
 
+@pytest.mark.compat("torch")
 def test_layers_of_torchs_own_compile_two_graphs() -> None:
     scheduler = ltd_fx.LTDScheduler(4, SEQ, 10)
     model = ltd_fx.transform(Blocks(None).train(), scheduler)

@@ -94,6 +94,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
+@pytest.mark.compat("transformers")
 def test_a_step_an_optimizer_step(whole: Any) -> None:
     """Two micro-batches a step: same length, other tokens; the learning rate follows."""
     scheduler = scheduler_of()
@@ -111,6 +112,7 @@ def test_a_step_an_optimizer_step(whole: Any) -> None:
     assert not any("ltd_saved" in entry for entry in whole.state.log_history if "eval_loss" in entry)
 
 
+@pytest.mark.compat("transformers")
 @pytest.mark.parametrize(("step", "restore_callbacks"), [(2, False), (4, True)], ids=["in an epoch", "between epochs"])
 def test_resumed_is_uninterrupted(whole: Any, step: int, restore_callbacks: bool, tmp_path: Path) -> None:
     """Loss, weights, draws and learning rate, to the bit."""

@@ -133,6 +133,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module, folder
 
 
+@pytest.mark.compat("lightning")
 def test_a_step_an_optimizer_step(whole: Any) -> None:
     """Two batches a step: same length, other tokens; the learning rate follows."""
     module, folder = whole
@@ -149,6 +150,7 @@ def test_a_step_an_optimizer_step(whole: Any) -> None:
     assert [lr for _, lr, _ in module.seen[::2]] == [0.01 * ratio_at(tokens) for tokens in [0, *consumed[:-1]]]
 
 
+@pytest.mark.compat("lightning")
 @pytest.mark.parametrize("step", [2, 4], ids=["in an epoch", "between epochs"])
 def test_resumed_is_uninterrupted(whole: Any, step: int, tmp_path: Path) -> None:
     """Loss, weights, draws and learning rate, to the bit."""

@@ -10,6 +10,7 @@ import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
 
 
+@pytest.mark.compat("transformers")
 def test_generate_with_a_cache(llama: Case) -> None:
     plain, model = llama.model().eval(), ltd_fx.transform(llama.model(), LTDScheduler(9, SEQ, 10)).eval()
     prompt = {"input_ids": text()["input_ids"][:2, :12], "max_new_tokens": 10, "do_sample": False}
@@ -18,6 +19,7 @@ def test_generate_with_a_cache(llama: Case) -> None:
         model.train().generate(**prompt)
 
 
+@pytest.mark.compat("transformers")
 def test_save_pretrained_loads_in_plain_transformers(llama: Case, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = ltd_fx.transform(llama.model(), LTDScheduler(9, SEQ, 10))

@@ -31,6 +31,7 @@ def lora_first(scheduler: LTDScheduler) -> Any:
     return ltd_fx.transform(with_lora(plain()), scheduler)
 
 
+@pytest.mark.compat("peft")
 @pytest.mark.parametrize("build", [lora_last, lora_first])
 def test_adapters_of_routed_layers(build: Any, tmp_path: Path) -> None:
     """They are trained on the kept tokens, proven right, and load into a model that was never transformed."""

@@ -122,6 +122,7 @@ def test_one_sequence_and_coinciding_sizes() -> None:
         compare("llama", Case(decoder("Llama"), text, "model.layers", seq), inputs, 3, "attention_mask")
 
 
+@pytest.mark.compat("torch")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sampling", ["per_sample", "shared"])

@@ -25,7 +25,9 @@ SAMPLE = {
 
 
 def marked(entry: Entry) -> Any:
-    marks = [] if entry.name in SAMPLE else [pytest.mark.slow]
+    marks: list[Any] = [] if entry.name in SAMPLE else [pytest.mark.slow]
+    if entry.library == "diffusers" and entry.name in SAMPLE:
+        marks.append(pytest.mark.compat("diffusers"))
     return pytest.param(entry, id=f"{entry.library}: {entry.name}", marks=marks)
 
 
@@ -33,7 +35,7 @@ def test_the_sample_is_of_the_zoo() -> None:
     assert {entry.name for entry in ENTRIES} >= SAMPLE
 
 
-@pytest.mark.parametrize("entry", map(marked, ENTRIES))
+@pytest.mark.parametrize("entry", [marked(entry) for entry in ENTRIES])
 def test_right_or_refused(entry: Entry) -> None:
     # RuntimeError: a torchvision that does not fit the installed torch
     pytest.importorskip(entry.library.replace("-", "_"), exc_type=(ImportError, RuntimeError))

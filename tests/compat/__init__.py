@@ -1,0 +1,1 @@
+"""What `make canary` and `make matrix` add to pytest; the suite itself is the tests marked `compat`."""
