@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/tools/bin
+LOCK := requirements.lock
 
-.PHONY: demo test test-all lint bench bench-cuda clean
+.PHONY: demo test test-all lint lock canary matrix bench bench-cuda clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -20,6 +22,20 @@ lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# pip-compile does not read the constraints in pip's configuration
+HELD = $(addprefix --constraint=,$(shell $(PYTHON) -m pip config list | sed -n "s/^global.constraint='\(.*\)'/\1/p"))
+lock: $(VENV)/.tools ## requirements.lock: the newest versions that fit together
+	CUSTOM_COMPILE_COMMAND="make lock" $(TOOLS)/pip-compile --quiet --upgrade --extra dev --unsafe-package ltd-fx \
+	  --strip-extras --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links $(HELD) \
+	  --output-file $(LOCK) pyproject.toml
+
+canary: $(VENV)/.tools ## the compatibility suite on the newest of everything: what broke, in which package
+	$(TOOLS)/nox --envdir $(VENV)/nox --session canary
+
+matrix: $(VENV)/.tools ## the same on the oldest and newest torch and libraries, and the README's table from it
+	$(TOOLS)/nox --envdir $(VENV)/nox --session matrix
+	PYTHONPATH=tests $(TOOLS)/python -m compat.readme build/compat/torch-*.json
+
 bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and docs/performance.md from them
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 	$(BIN)/python tests/benchmarks/report.py
@@ -27,9 +43,14 @@ bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and doc
 bench-cuda: $(VENV)/.dev ## the CUDA kernels' benchmarks, on a GPU
 	$(BIN)/python -m pytest tests/benchmarks/test_cuda_speed.py --benchmark-only -s
 
-$(VENV)/.%: pyproject.toml
+$(VENV)/.%: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable ".[$*]"
+	touch $@
+
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)/tools
+	$(TOOLS)/python -m pip install --quiet nox pip-tools
 	touch $@
 
 clean:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compat.report import PACKAGES
+from compat import PACKAGES
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- versions: written by make matrix -->\n", "<!-- /versions -->\n"

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
+from compat import PACKAGES
 from compat.deprecations import deprecations
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "timm", "torchvision", "lightning", "diffusers")
 
 
 class Report:
@@ -59,7 +58,7 @@ class Report:
             terminalreporter.line(f"{package:13} {_version(package):12} {state:7} {outcomes}")
             for line in [*failed, *(f"skipped: {line}" for line in skipped)]:
                 terminalreporter.line(f"    {line}")
-        if path := config.getoption("--report"):
+        if path := config.getoption("--outcomes"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(self.as_dict(), indent=1))
 
@@ -76,7 +75,7 @@ def _version(package: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", help="also write the outcomes to this JSON file")
+    parser.addoption("--outcomes", help="also write the outcomes to this JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:

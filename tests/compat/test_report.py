@@ -102,7 +102,7 @@ def test_what_broke_and_in_which_package(tmp_path: Path) -> None:
     tests = str(Path(__file__).parents[1])
     # what the suite calls counts as ours
     start = f"import compat.deprecations as d, pytest; d.OURS += ({str(tmp_path)!r},); raise SystemExit(pytest.main())"
-    options = "-p compat.report -p no:cacheprovider -m compat --report out.json"
+    options = "-p compat.report -p no:cacheprovider -m compat --outcomes out.json"
     done = subprocess.run(
         [sys.executable, "-c", start],
         cwd=tmp_path,
