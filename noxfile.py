@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nox
 
+nox.options.default_venv_backend = "venv"  # and pip, whose configuration counts
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = [*PROJECT["dependencies"], *EXTRAS["hf"], *EXTRAS["vision"], *EXTRAS["compat"]]
