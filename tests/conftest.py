@@ -33,6 +33,12 @@ def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
             torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
 
 
+def checkpoint_layers(model: Any, *, use_reentrant: bool) -> None:
+    """transformers' own activation checkpointing, by the name that the installed release has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def loss_of(output: Any) -> Tensor:
     """A scalar that every token of the output matters to."""
     if not isinstance(output, Tensor):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, SEQ, assert_same, decoder, loss_of, text
+from conftest import BATCH, SEQ, assert_same, checkpoint_layers, decoder, loss_of, text
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -137,7 +137,7 @@ def test_transformers_own_compiled(where: str) -> None:
         model = route(decoder("Llama", use_cache=False)())
         run = model
         if compiled:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
             run = (ltd_fx.compile_layers if where == "layers" else torch.compile)(model, backend="aot_eager")
         steps = []
         for _ in range(2):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SEQ, decoder, loss_of
+from conftest import SEQ, checkpoint_layers, decoder, loss_of
 from ranks import on_ranks
 from test_checkpointing import wrap
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def routed(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
 def test_ddp(checkpoint: bool | None, static_graph: bool) -> None:
     model = llama()
     if checkpoint is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        checkpoint_layers(model, use_reentrant=checkpoint)
     _, scheduler = routed(model)
     ddp = DistributedDataParallel(model, static_graph=static_graph)
     # with static_graph, torch 2.14's DDP asserts where its first backward is within no_sync

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SEQ, loss_of
+from conftest import SEQ, checkpoint_layers, loss_of
 from ranks import on_ranks
 from test_ddp import FORWARDS, batch, expected, llama
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,7 +37,7 @@ class Run:
         self.scheduler = LTDScheduler(9, SEQ, 3)
         model = llama()
         if checkpoint:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
         ltd_fx.transform(model, self.scheduler, device_mesh=mesh)
         if compiled:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BATCH, SEQ, Case, loss_of, text
+from conftest import BATCH, SEQ, Case, checkpoint_layers, loss_of, text
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,7 @@ def test_transformers_gradient_checkpointing_with_two_forwards_before_backward(
     for checkpointed in (False, True):
         model = llama.model()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_layers(model, use_reentrant=use_reentrant)
         ltd_fx.transform(model, LTDScheduler(9, SEQ, 10))
         (loss_of(model(**text())) + loss_of(model(**text()))).backward()
         results.append(gradients(model))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import SEQ, loss_of
+from conftest import SEQ, checkpoint_layers, loss_of
 from ranks import on_ranks
 from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
 from torch import nn
@@ -65,7 +65,7 @@ def assert_trains_as_expected(model: nn.Module, scheduler: LTDScheduler, build: 
 def test_fully_shard(order: str, checkpoint: bool | None) -> None:
     model = llama()
     if checkpoint is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        checkpoint_layers(model, use_reentrant=checkpoint)
     assert_trains_as_expected(*sharded(model, order), llama)
 
 
@@ -110,7 +110,7 @@ def test_fully_shard_compiled_whole(build: Callable[[], nn.Module]) -> None:
 def test_bfloat16(order: str, checkpoint: bool | None) -> None:
     model = llama()
     if checkpoint is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        checkpoint_layers(model, use_reentrant=checkpoint)
     assert_trains_as_expected(*sharded(model, order, mp_policy=BFLOAT16), lambda: bfloat16(llama))
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

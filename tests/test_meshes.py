@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import SEQ, loss_of
+from conftest import SEQ, checkpoint_layers, loss_of
 from ranks import on_ranks
 from test_checkpointing import wrap
 from test_ddp import batch, both_encoders, encoder, expected, llama, parameters
@@ -34,7 +34,7 @@ def assert_trains_as_expected(model: nn.Module, build: Callable[[], nn.Module], 
 
 def routed(model: nn.Module, mesh: DeviceMesh, checkpoint: bool | None = None) -> nn.Module:
     if checkpoint is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        checkpoint_layers(model, use_reentrant=checkpoint)
     return ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SEQ, assert_same, loss_of
+from conftest import SEQ, assert_same, checkpoint_layers, loss_of
 from ranks import on_ranks
 from test_ddp import batch, both_encoders, encoder, llama
 from test_fsdp import full
@@ -54,7 +54,7 @@ def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
     expected = gradients(ltd_fx.transform(llama(), LTDScheduler(9, SEQ, 3)))
     model = llama()
     if checkpoint is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        checkpoint_layers(model, use_reentrant=checkpoint)
     if order == "before":
         tensor_parallel(model, mesh)
     ltd_fx.transform(model, LTDScheduler(9, SEQ, 3), device_mesh=mesh)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, checkpoint_layers
 
 import ltd_fx
 
@@ -24,6 +24,7 @@ WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 24, "max_target_po
 MODELS = {"Bart": BART, "MBart": BART, "T5": T5 | {"decoder_start_token_id": 0}, "Whisper": WHISPER}
 
 
+@pytest.mark.compat("transformers")
 @pytest.mark.parametrize(
     "family", ["Bart", "T5", *(pytest.param(f, marks=pytest.mark.slow) for f in ("MBart", "Whisper"))]
 )
@@ -40,7 +41,7 @@ def test_gradients_are_the_plain_runs(family: str) -> None:
         config = getattr(transformers, f"{family}Config")(**MODELS[family])
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config).train()
         if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_layers(model, use_reentrant=reentrant)
         ltd_fx.transform(model)
         model(**inputs, decoder_input_ids=decoder, use_cache=False).logits.square().mean().backward()
         each.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

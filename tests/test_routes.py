@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attend import Attention, Stack
-from conftest import CASES, SEQ, Case, bert, decoder, gpt2, loss_of
+from conftest import CASES, SEQ, Case, bert, checkpoint_layers, decoder, gpt2, loss_of
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -293,7 +293,7 @@ def test_transformers_checkpointing_with_routes() -> None:
     loss_of(model(**inputs)).backward()
     expected = [g.clone() for g in gradients(model)]
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, use_reentrant=False)
     model.__dict__["_ltd_rewrite"].state.set_forward(0)
     loss_of(model(**inputs)).backward()
     for a, b in zip(gradients(model), expected, strict=True):
