@@ -10,6 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 def items_of(value: Any) -> list[Any] | None:
     """What ``value`` holds, if it is a container."""
+    if value is None or isinstance(value, (Tensor, int, float, str)):
+        return None  # most are one of these, and the Dynamo of torch 2.11 does not trace is_dataclass(None)
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (tuple, list)):
