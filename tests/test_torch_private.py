@@ -15,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from ltd_fx import LTDError, torch_private
 
+pytestmark = pytest.mark.compat("torch")
+
 Pair = namedtuple("Pair", "left right")
 
 

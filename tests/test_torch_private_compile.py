@@ -15,6 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ltd_fx import torch_private
 
+pytestmark = pytest.mark.compat("torch")
+
 
 @pytest.fixture(autouse=True)
 def _compile_anew() -> None:
