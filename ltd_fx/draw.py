@@ -11,7 +11,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.length import ReservedLength
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState, record
-from ltd_fx.torch_private import at_compile_time, constant_local_maybe, in_backward
+from ltd_fx.torch_private import at_compile_time, constant_local_maybe, in_backward, is_exporting
 
 # Between the numbers of a layer's calls in one forward; no model has as many layers.
 _CALL = 1 << 16
@@ -198,7 +198,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
         record(site._set_drawn, batch, seq_len, seq_len)
         return None
     record(site._set_drawn, batch, seq_len, keep)
-    if _is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise LTDError(
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export or torch.jit.trace"
@@ -207,11 +207,6 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     # under torch.compile equal gathers are one anyway
     gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
     return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
-
-
-def _is_exporting() -> bool:
-    # The Dynamo of torch 2.11 answers True to the public question in every compilation.
-    return torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)
 
 
 def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "fake_mode_of",
     "hooks_of",
     "in_backward",
+    "is_exporting",
     "is_fake",
     "is_functorch_wrapped_tensor",
     "is_grouped_mm",
@@ -126,6 +127,11 @@ def in_backward() -> bool:
 
 
 # ---- Dynamo
+
+
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which the Dynamo of torch 2.11 answers with True in every compilation."""
+    return torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)
 
 
 def skip_code(code: Any) -> None:

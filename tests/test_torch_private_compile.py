@@ -44,6 +44,20 @@ def test_skip_code() -> None:
     assert (counter.frame_count, counter.op_count) == (1, 2)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_is_exporting(strict: bool) -> None:
+    """Only an export is one, whether Dynamo traces it or not; a compilation is none."""
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() if torch_private.is_exporting() else x.cos()
+
+    x = torch.ones(2)
+    assert torch.equal(Asks()(x), x.cos())
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(x), x.cos())
+    assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x.sin())
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_allow_side_effects(allowed: bool) -> None:
     """What a checkpointed function writes to an object outside is traced, where Dynamo left to itself refuses it."""
