@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from ltd_fx.draw import Draw
 from ltd_fx.errors import LTDError
 from ltd_fx.ops_align import gather_by_indexing
+from ltd_fx.packed import PACKED
 from ltd_fx.tree import items_of, leaves, like
 
 
@@ -214,7 +215,7 @@ def _rebuild(draw: Draw, mask: BlockMask, name: str) -> BlockMask:
 
 
 def align_extra(draw: Draw | None, value: Any, name: str) -> Any:
-    """An argument of which the pattern knows nothing, as it is.
+    """An argument of which the pattern knows nothing, as it is; but for the boundaries of packed rows.
 
     Raises:
         LTDError: a tensor in it has a dimension as long as the sequence.
@@ -222,6 +223,8 @@ def align_extra(draw: Draw | None, value: Any, name: str) -> Any:
     """
     if draw is None:
         return value
+    if name in PACKED and isinstance(value, Tensor):
+        return PACKED[name](draw, value)
     for item in leaves(value):
         if isinstance(item, BlockMask) or (isinstance(item, Tensor) and draw.seq_len in item.shape):
             raise LTDError(
