@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +136,8 @@ def llama() -> Case:
 def _fresh_dynamo() -> Any:
     yield
     torch._dynamo.reset()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """All tests of programs are slow, and what they import takes long to import."""
+    return True if collection_path.name == "programs" and config.option.markexpr == "not slow" else None
