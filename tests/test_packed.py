@@ -1,18 +1,19 @@
 """Packed rows whose documents are told by their boundaries, against dense attention with a mask a document."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from attend import Attention, Stack, block, causal, check_routed
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ltd_fx
 
 B, S, D = 2, 16, 16
 # a document of one token, and one that is a whole row
 LENGTHS = [5, 1, 10, 16]
-ENDS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 DOCUMENT = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).view(B, S)
 
 
@@ -38,13 +39,34 @@ def by_mask(layer: nn.Module, kept: Tensor, args: Any, kwargs: Any) -> Tensor:
     return x + found + 0.1 * DOCUMENT[..., None]
 
 
-@pytest.mark.parametrize("sampling", ["per_sample", "shared"])
-def test_boundaries_are_those_of_the_kept_tokens(sampling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def batch(lengths: list[int]) -> dict[str, Any]:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(B, S)
+    x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(0))
+    boundaries = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": S, "max_length_k": S}
+    return {"x": x, **boundaries, "seq_idx": number}
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltd_fx.patterns._registered", {Varlen: ltd_fx.LayerPattern(hidden="x", output=None)})
-    inputs = {
-        "x": torch.randn(B, S, D, generator=torch.Generator().manual_seed(0)),
-        **{"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS, "max_length_q": 16, "max_length_k": 16, "seq_idx": DOCUMENT},
-    }
+
+
+@pytest.mark.parametrize("sampling", ["per_sample", "shared"])
+def test_boundaries_are_those_of_the_kept_tokens(sampling: str) -> None:
     torch.manual_seed(0)
+    inputs = batch(LENGTHS)
     _, _, given = check_routed(Stack(Varlen), inputs, 7, dense=by_mask, example_inputs=None, sampling=sampling)
-    assert given["cu_seq_lens_q"].equal(ENDS)  # a hook sees all tokens
+    assert given["cu_seq_lens_q"].equal(inputs["cu_seq_lens_q"])  # a hook sees all tokens
+
+
+def test_compiled_once_for_any_number_of_documents() -> None:
+    torch.manual_seed(0)
+    plain = Stack(Varlen).train()
+    model, twin = ltd_fx.transform(copy.deepcopy(plain)), ltd_fx.transform(plain)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    for lengths in (LENGTHS, [16, 16], [1, 2, 3, 4, 6, 7, 9], [10, 6, 16]):
+        inputs = batch(lengths)
+        torch.testing.assert_close(step(**inputs), twin(**inputs))
+    assert counter.frame_count <= 2
