@@ -88,7 +88,7 @@ class Site:
 
     def begin_forward(self) -> None:
         """Forget the forward before."""
-        self._earlier, self._latest = (), None
+        self._earlier, self._latest, self.number = (), None, self._first
 
     def begin_call(self) -> None:
         """Called by the routed layer in training, before its forward.
