@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from build import watch_timm, watch_transformers
 from torch import nn
 
 import ltd_fx
-from ltd_fx.state import RouteState
+from ltd_fx.draw import Site
 
 WATCH = {"transformers": watch_transformers, "peft": watch_transformers, "timm": watch_timm}
 FULL = 1 << 20  # tokens: more than any test has
@@ -94,13 +95,14 @@ class Record:
 
     def count_routed_calls(self) -> None:
         """Of routed layers in training, outside compiled code: were there none, nothing would have been tested."""
-        guard_call = RouteState.guard_call
+        begin_call = Site.begin_call
 
-        def counted(*args: Any) -> None:
-            self._models["routed calls"] += 1
-            guard_call(*args)
+        def counted(site: Site) -> None:
+            if not torch.compiler.is_compiling():
+                self._models["routed calls"] += 1
+            begin_call(site)
 
-        RouteState.guard_call = counted  # type: ignore[method-assign]
+        Site.begin_call = counted  # type: ignore[method-assign]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test fails if any part of it does: set-up, call, tear-down, a subtest."""

@@ -20,7 +20,7 @@ from tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor  # noqa: E402
 from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
-BATCH, TOKENS, VOCAB, HIDDEN, LAYERS, HEADS = 8, 8, 99, 32, 2, 4
+BATCH, TOKENS, VOCAB, HIDDEN, LAYERS, HEADS = 9, 8, 99, 32, 2, 4
 IMAGE, PATCH, FRAMES, MELS = 30, 6, 60, 80
 PATCHES = (IMAGE // PATCH) ** 2
 PAD, START, END = 0, 1, 2
