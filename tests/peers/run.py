@@ -7,20 +7,23 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
-from plugin import MODES
-from suites import CACHE, HERE, HUB, SUITES, Suite, unpack
-from verdict import Verdict, page
+from suites import HERE, HUB, SUITES, Suite, unpack
+from verdict import MODES, Verdict, page
 
 LIMIT = 1800  # seconds for one suite in one mode
-Results = dict[str, Any]
 
 
-def run(suite: Suite, mode: str) -> Results:
-    """One run of the suite; ``mode`` is one of the plugin's. What pytest prints goes to a file beside the results."""
-    path = CACHE / "results" / f"{suite.name}.{mode}.json"
-    path.parent.mkdir(exist_ok=True)
+def results(suite: Suite, mode: str) -> Path:
+    """Of the installed version; what pytest printed is beside it."""
+    return suite.folder.parent / "results" / suite.folder.name / f"{suite.name}.{mode}.json"
+
+
+def run(suite: Suite, mode: str) -> None:
+    """Run the suite; ``mode`` is one of the plugin's."""
+    path = results(suite, mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     environment = {
         **os.environ,
@@ -37,24 +40,36 @@ def run(suite: Suite, mode: str) -> Results:
     print(f"{suite.name}, {mode}", flush=True)
     with path.with_suffix(".log").open("w") as log:
         subprocess.run(command, cwd=suite.folder, env=environment, stdout=log, stderr=log, timeout=LIMIT)
-    return json.loads(path.read_text())
+    if not path.exists():
+        raise SystemExit(f"pytest did not come to its end: see {log.name}")
+
+
+def verdicts(suite: Suite) -> list[Verdict]:
+    """One for each mode; none where the suite was not run."""
+    paths = [results(suite, mode) for mode in ("without", *MODES)]
+    if not all(path.exists() for path in paths):
+        return []
+    without, *others = (json.loads(path.read_text()) for path in paths)
+    return [Verdict(suite, mode, without, other) for mode, other in zip(MODES, others, strict=True)]
 
 
 def main(names: list[str]) -> int:
     known = [suite.name for suite in SUITES]
     if not set(names) <= set(known):
         raise SystemExit(f"no such suite; there are {', '.join(known)}")
-    verdicts = []
+    faults = False
     for suite in SUITES:
         if not names or suite.name in names:
             unpack(suite)
-            without = run(suite, "without")
-            for mode in MODES:
-                verdicts.append(Verdict(suite, mode, without, run(suite, mode)))
-                print(verdicts[-1].summary(), flush=True)
-    if not names:
-        (HERE.parents[1] / "docs" / "peers.md").write_text(page(verdicts))
-    return int(any(verdict.faults for verdict in verdicts))
+            for mode in ("without", *MODES):
+                run(suite, mode)
+            for verdict in verdicts(suite):
+                print(verdict.summary(), flush=True)
+                faults |= bool(verdict.faults)
+    found = [verdicts(suite) for suite in SUITES]
+    if all(found):
+        (HERE.parents[1] / "docs" / "peers.md").write_text(page([verdict for each in found for verdict in each]))
+    return int(faults)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,12 @@ class Suite:
 
 def _transformers(*families: str, layers: str | None = None) -> list[Suite]:
     ours = str(HERE / "transformers_models.py")
-    return [Suite(family.lower(), "transformers", ours, f"{family}Test", layers) for family in families]
+    return [Suite(family.lower(), "transformers", ours, family, layers) for family in families]
 
 
 def _timm() -> Suite:
     names = " or ".join(f"-{name}] or [{name}]" for name in TIMM)
-    return Suite("timm", "timm", "tests/test_models.py", names)
+    return Suite("timm", "timm", "tests/test_models.py", f"({names}) and not prune_intermediate_layers_contract")
 
 
 def _peft(name: str, keyword: str, train: bool = False) -> Suite:
@@ -71,7 +71,7 @@ SUITES = [
     *_transformers("T5", layers=r".*coder\.block\.1"),  # block 0 makes the position bias, and cannot be routed
     *_transformers("Bart", "Whisper", layers=r".*coder\.layers\.\d+"),
     _timm(),
-    _peft("peft", "Llama and not training or not internal-testing"),
+    _peft("peft", "Llama and (LoraConfig or IA3 or Prefix or Prompt) and not training or not internal-testing"),
     _peft("peft-training", "training and (Llama or OPT or GPT2LMHead)", train=True),
 ]
 

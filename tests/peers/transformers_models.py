@@ -46,6 +46,18 @@ SEQ2SEQ = {
     "decoder_start_token_id": END,
     **SPECIAL,
 }
+BART = {**SEQ2SEQ, "max_position_embeddings": 64}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "d_ff": 48,
+    "d_kv": HIDDEN // HEADS,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "relative_attention_num_buckets": 8,
+    "decoder_start_token_id": PAD,
+    **SPECIAL,
+}
 
 
 def tokens() -> Tensor:
@@ -88,7 +100,7 @@ class Family:
     def __init__(
         self, name: str, heads: str, sizes: dict[str, Any], inputs: Callable[[], dict[str, Tensor]] = text, **facts: Any
     ) -> None:
-        self.classes = tuple(getattr(transformers, name + head) for head in ("Model", *heads.split()))
+        self.classes = tuple(getattr(transformers, name + head) for head in heads.split())
         self._config, self._sizes, self._inputs = getattr(transformers, f"{name}Config"), sizes, inputs
         self.__dict__.update(facts)
 
@@ -110,7 +122,7 @@ class CommonTests(ModelTesterMixin):
 class LlamaTest(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
     model_tester = Family(
         "Llama",
-        "ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
+        "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
         LLAMA,
         causal_lm_class=transformers.LlamaForCausalLM,
     )
@@ -119,7 +131,7 @@ class LlamaTest(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unittes
 class MixtralTest(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
     model_tester = Family(
         "Mixtral",
-        "ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
+        "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
         {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": HIDDEN // HEADS},
         causal_lm_class=transformers.MixtralForCausalLM,
     )
@@ -129,7 +141,7 @@ class MixtralTest(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unitt
 class GPT2Test(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
     model_tester = Family(
         "GPT2",
-        "LMHeadModel ForSequenceClassification ForTokenClassification ForQuestionAnswering",
+        "Model LMHeadModel ForSequenceClassification ForTokenClassification ForQuestionAnswering",
         {**SIZES, **SPECIAL},
         causal_lm_class=transformers.GPT2LMHeadModel,
     )
@@ -138,7 +150,7 @@ class GPT2Test(CommonTests, GenerationTesterMixin, TrainingTesterMixin, unittest
 class BertTest(CommonTests, GenerationTesterMixin, unittest.TestCase):
     model_tester = Family(
         "Bert",
-        "ForMaskedLM LMHeadModel ForNextSentencePrediction ForMultipleChoice ForSequenceClassification "
+        "Model ForMaskedLM LMHeadModel ForNextSentencePrediction ForMultipleChoice ForSequenceClassification "
         "ForTokenClassification ForQuestionAnswering",
         SIZES,
     )
@@ -147,7 +159,7 @@ class BertTest(CommonTests, GenerationTesterMixin, unittest.TestCase):
 class ViTTest(CommonTests, unittest.TestCase):
     model_tester = Family(
         "ViT",
-        "ForImageClassification ForMaskedImageModeling",
+        "Model ForImageClassification ForMaskedImageModeling",
         {**SIZES, "image_size": IMAGE, "patch_size": PATCH, "encoder_stride": PATCH},
         image,
         image_size=IMAGE,
@@ -160,39 +172,27 @@ class ViTTest(CommonTests, unittest.TestCase):
 
 
 class T5Test(CommonTests, GenerationTesterMixin, unittest.TestCase):
-    model_tester = Family(
-        "T5",
-        "ForConditionalGeneration ForSequenceClassification ForQuestionAnswering",
-        {
-            "vocab_size": VOCAB,
-            "d_model": HIDDEN,
-            "d_ff": 48,
-            "d_kv": HIDDEN // HEADS,
-            "num_layers": LAYERS,
-            "num_heads": HEADS,
-            "relative_attention_num_buckets": 8,
-            "decoder_start_token_id": PAD,
-            **SPECIAL,
-        },
-        text_to_text,
-    )
+    model_tester = Family("T5", "Model ForConditionalGeneration", T5, text_to_text)
     is_encoder_decoder = True
+
+
+class T5HeadsTest(T5Test):
+    model_tester = Family("T5", "ForSequenceClassification ForQuestionAnswering", T5, text_to_text)
 
 
 class BartTest(CommonTests, GenerationTesterMixin, unittest.TestCase):
-    model_tester = Family(
-        "Bart",
-        "ForConditionalGeneration ForSequenceClassification ForQuestionAnswering",
-        {**SEQ2SEQ, "max_position_embeddings": 64},
-        text_to_text,
-    )
+    model_tester = Family("Bart", "Model ForConditionalGeneration", BART, text_to_text)
     is_encoder_decoder = True
+
+
+class BartHeadsTest(BartTest):
+    model_tester = Family("Bart", "ForSequenceClassification ForQuestionAnswering", BART, text_to_text)
 
 
 class WhisperTest(CommonTests, GenerationTesterMixin, unittest.TestCase):
     model_tester = Family(
         "Whisper",
-        "ForConditionalGeneration",
+        "Model ForConditionalGeneration",
         {
             **SEQ2SEQ,
             "num_mel_bins": MELS,

@@ -18,6 +18,7 @@ three times: without ltd_fx; with each model that a test builds transformed at a
 is routed, the first and the last too. Tests that are skipped (no GPU, no network, not for this model) are not counted.
 
 """
+MODES = ("full", "half")
 COLUMNS = [
     "package",
     "version",
@@ -45,12 +46,17 @@ class Verdict:
     results: dict[str, Any]
 
     def _outcomes(self, outcome: str) -> dict[str, str]:
-        """The tests that pass without ltd_fx and come to ``outcome`` with it, and why."""
-        passing = [name for name, test in self.without["tests"].items() if test["outcome"] == "passed"]
-        tests = self.results["tests"]
-        missing = {"outcome": "failed", "why": "it did not run"}
-        found = {name: tests.get(name, missing) for name in passing}
-        return {name: test.get("why", "") for name, test in found.items() if test["outcome"] == outcome}
+        """The tests that pass without ltd_fx and come to ``outcome`` with it, and why.
+
+        One that is skipped with it, or does not run, has failed.
+        """
+        found = {}
+        for name, before in self.without["tests"].items():
+            test = self.results["tests"].get(name, {"outcome": "absent"})
+            kind = test["outcome"] if test["outcome"] in ("passed", "refused") else "failed"
+            if before["outcome"] == "passed" and kind == outcome:
+                found[name] = test.get("why", test["outcome"])
+        return found
 
     @cached_property
     def by_design(self) -> dict[str, str]:
@@ -109,7 +115,7 @@ def page(verdicts: list[Verdict]) -> str:
             "Here, with the models of `tests/peers/transformers_models.py` and without a network.",
             [
                 (v.suite.name, test["why"], name)
-                for v in verdicts[:: len({v.mode for v in verdicts})]
+                for v in verdicts[:: len(MODES)]
                 for name, test in v.without["tests"].items()
                 if test["outcome"] == "failed"
             ],
