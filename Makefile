@@ -37,7 +37,7 @@ matrix: $(VENV)/.tools ## the same on the oldest and newest torch and libraries,
 	PYTHONPATH=tests $(TOOLS)/python -m compat.readme build/compat/torch-*.json
 
 peers: $(VENV)/.peers ## other libraries' own tests with every model transformed, and docs/peers.md (SUITE=llama: one of them)
-	$(BIN)/python tests/peers/run.py $(SUITE)
+	PYTHONPATH=tests $(BIN)/python -m peer_suites.run $(SUITE)
 
 bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and docs/performance.md from them
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s

@@ -7,8 +7,8 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from by_design import BY_DESIGN
-from suites import Suite
+from .by_design import BY_DESIGN
+from .suites import Suite
 
 HEAD = """# Other libraries' own tests, with every model transformed
 
@@ -112,7 +112,7 @@ def page(verdicts: list[Verdict]) -> str:
         ),
         _section(
             "Fail without ltd_fx",
-            "Here, with the models of `tests/peers/transformers_models.py` and without a network.",
+            "Here, with the models of `tests/peer_suites/transformers_models.py` and without a network.",
             [
                 (v.suite.name, test["why"], name)
                 for v in verdicts[:: len(MODES)]

@@ -1,6 +1,6 @@
 """A pytest plugin: transforms every model that a library's own tests build, and writes down what comes of each test.
 
-pytest -p plugin --ltd-mode=half --ltd-library=transformers --ltd-results=results.json ...
+pytest -p peer_suites.plugin --ltd-mode=half --ltd-library=transformers --ltd-results=results.json ...
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from build import watch_timm, watch_transformers
 from torch import nn
 
 import ltd_fx
 from ltd_fx.draw import Site
+
+from .construction import watch_timm, watch_transformers
 
 WATCH = {"transformers": watch_transformers, "peft": watch_transformers, "timm": watch_timm}
 FULL = 1 << 20  # tokens: more than any test has
@@ -54,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     WATCH[library](built)
     record.count_routed_calls()
     if library == "peft":
-        from hub import stay_offline  # which takes seconds, and needs transformers
+        from .hub import stay_offline  # which takes seconds, and needs transformers
 
         stay_offline()
 

@@ -88,6 +88,6 @@ def unpack(suite: Suite) -> None:
         archive.extractall(CACHE, filter="data")
     (suite.folder / "tests" / "__init__.py").touch()  # distributions leave it out, and tests import from each other
     if suite.library == "peft":
-        from hub import fill
+        from .hub import fill
 
         fill(HUB)

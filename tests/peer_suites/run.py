@@ -1,6 +1,6 @@
 """Other libraries' own tests, without ltd_fx and with every model transformed: what fails only with it?
 
-python tests/peers/run.py [suite ...]
+python -m peer_suites.run [suite ...]
 """
 
 import json
@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from suites import HERE, HUB, SUITES, Suite, unpack
-from verdict import MODES, Verdict, page
+from .suites import HERE, HUB, SUITES, Suite, unpack
+from .verdict import MODES, Verdict, page
 
 LIMIT = 1800  # seconds for one suite in one mode
 
@@ -27,12 +27,21 @@ def run(suite: Suite, mode: str) -> None:
     path.unlink(missing_ok=True)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE, suite.folder, HERE.parents[1]))),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, suite.folder, HERE.parents[1]))),
         "HF_HUB_CACHE": str(HUB),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", suite.tests, f"-k={suite.keyword}", "-p", "plugin", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        suite.tests,
+        f"-k={suite.keyword}",
+        "-p",
+        "peer_suites.plugin",
+        "--tb=short",
+    ]
     # their configurations ask for plugins that are not here, and a conftest.py above the tests may be ours
     command += ["-c", os.devnull, f"--rootdir={suite.folder}", f"--confcutdir={suite.folder}", "-p", "no:cacheprovider"]
     command += [f"--ltd-mode={mode}", f"--ltd-library={suite.library}", f"--ltd-results={path}"]
