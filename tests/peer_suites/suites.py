@@ -72,7 +72,7 @@ SUITES = [
     *_transformers("Bart", "Whisper", layers=r".*coder\.layers\.\d+"),
     _timm(),
     _peft("peft", "Llama and (LoraConfig or IA3 or Prefix or Prompt) and not training or not internal-testing"),
-    _peft("peft-training", "training and (Llama or OPT or GPT2LMHead)", train=True),
+    _peft("peft-training", "training and (Llama or GPT2LMHead)", train=True),
 ]
 
 
