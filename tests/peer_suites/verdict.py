@@ -18,6 +18,14 @@ three times: without ltd_fx; with each model that a test builds transformed at a
 is routed, the first and the last too. Tests that are skipped (no GPU, no network, not for this model) are not counted.
 
 """
+REFUSED = """The model was transformed, and the forward raised an `LTDError`. (Classifiers of encoder-decoder models make the
+decoder's tokens from the encoder's: as many, always. So what belongs to the one seems to belong to the other, and the
+proof finds the routing wrong.)
+"""
+LEFT_ALONE = """`transform` raised an `LTDError`, and the test went on with the model as it was.
+"""
+FAIL_WITHOUT = """Here, with the models of `tests/peer_suites/transformers_models.py` and without a network.
+"""
 MODES = ("full", "half")
 COLUMNS = [
     "package",
@@ -102,17 +110,17 @@ def page(verdicts: list[Verdict]) -> str:
         _section("Differ by design", "", [(v.suite.name, why, n) for v in verdicts for n, why in v.by_design.items()]),
         _section(
             "Refused in a forward",
-            "The model was transformed, and the forward raised an `LTDError`.",
+            REFUSED,
             [(v.suite.name, _general(why), n) for v in verdicts for n, why in v.refused.items()],
         ),
         _section(
             "Models left alone",
-            "`transform` raised an `LTDError`, and the test went on with the model as it was.",
+            LEFT_ALONE,
             [(v.suite.name, _general(why), n) for v in verdicts for n, why in v.results["untouched"].items()],
         ),
         _section(
             "Fail without ltd_fx",
-            "Here, with the models of `tests/peer_suites/transformers_models.py` and without a network.",
+            FAIL_WITHOUT,
             [
                 (v.suite.name, test["why"], name)
                 for v in verdicts[:: len(MODES)]
@@ -131,12 +139,12 @@ def _table(rows: list[list[Any]]) -> str:
 def _section(title: str, text: str, entries: list[tuple[str, str, str]]) -> str:
     """Entries (suite, reason, test or class), those of one reason together."""
     if not entries:
-        return f"## {title}\nNone.\n"
+        return f"## {title}\n\nNone.\n"
     names: dict[tuple[str, str], set[str]] = defaultdict(set)
     for suite, reason, name in entries:
         names[suite, reason].add(name.rpartition("::")[2])
     lines = [f"- {suite}: {_listed(of)}: {reason}\n" for (suite, reason), of in names.items()]
-    return f"## {title}\n{text}\n{''.join(lines)}" if text else f"## {title}\n{''.join(lines)}"
+    return "\n".join([f"## {title}\n", *([text] if text else []), "".join(lines)])
 
 
 def _listed(names: set[str]) -> str:
@@ -146,8 +154,8 @@ def _listed(names: set[str]) -> str:
 
 
 def _general(message: str) -> str:
-    """Without the numbers of layers, so that a model's layers are one entry."""
-    return re.sub(r"\.\d+\b", ".*", message)
+    """Without the numbers of layers and of errors, so that what has the same reason is one entry."""
+    return re.sub(r"\.\d+\b", ".*", re.sub(r" \(relative error [^)]*\)", "", message))
 
 
 def _reason(library: str, mode: str, name: str) -> str:
