@@ -19,8 +19,8 @@ is routed, the first and the last too. Tests that are skipped (no GPU, no networ
 
 """
 REFUSED = """The model was transformed, and the forward raised an `LTDError`. (Classifiers of encoder-decoder models
-make the decoder's tokens from the encoder's: as many, always. So what belongs to the one seems to belong to the other, and
-the proof finds the routing wrong.)
+make the decoder's tokens from the encoder's: as many, always. So what belongs to the one seems to belong to the other,
+and the proof finds the routing wrong.)
 """
 LEFT_ALONE = """`transform` raised an `LTDError`, and the test went on with the model as it was.
 """
