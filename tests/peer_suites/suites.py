@@ -17,7 +17,10 @@ TIMM = (
     "vit_tiny_r_s16_p8_224",
     "vit_relpos_small_patch16_224",
     "vit_wee_patch16_reg1_gap_256",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_pwee_patch16_reg1_gap_256",
     "vit_little_patch16_reg1_gap_256",
+    "flexivit_small",
     "deit_tiny_patch16_224",
     "deit_tiny_distilled_patch16_224",
     "deit3_small_patch16_224",
@@ -25,12 +28,9 @@ TIMM = (
     "xcit_nano_12_p16_224",
     "eva02_tiny_patch14_224",
     "mixer_s32_224",
-    "gmlp_ti16_224",
     "pit_ti_224",
-    "tnt_s_legacy_patch16_224",
     "crossvit_tiny_240",
     "convit_tiny",
-    "levit_128s",
     "hiera_tiny_224",
     "swin_tiny_patch4_window7_224",
 )
@@ -67,7 +67,8 @@ def _peft(name: str, keyword: str, train: bool = False) -> Suite:
 
 
 SUITES = [
-    *_transformers("Llama", "Mixtral", "GPT2", "Bert", "ViT"),
+    *_transformers("Llama", "GPT2", "Bert", "ViT"),
+    *_transformers("Mixtral", layers=r"(model\.)?layers\.\d+"),
     *_transformers("T5", layers=r".*coder\.block\.1"),  # block 0 makes the position bias, and cannot be routed
     *_transformers("Bart", "Whisper", layers=r".*coder\.layers\.\d+"),
     _timm(),
