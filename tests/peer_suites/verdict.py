@@ -16,8 +16,9 @@ Made by `make peers`, which downloads the source distributions of the installed 
 three times: without ltd_fx; with each model that a test builds transformed at a reserved length that is never reached
 (*full*: routed layers in place, all calls dense); and with half of the tokens dropped in training (*half*). Every layer
 is routed, the first and the last too (not T5's first, which makes the position bias). Tests that are skipped (no GPU,
-no network, not for this model) are not counted; *routed calls* are those of routed layers in training. peft's tests train
-models as `from_pretrained` leaves them, in eval mode: in `peft-training` they are put into training mode in every run.
+no network, not for this model) are not counted; *routed calls* are those of routed layers in training. peft's tests
+train models as `from_pretrained` leaves them, in eval mode: in `peft-training` they are put into training mode in every
+run.
 
 """
 REFUSED = """The model was transformed, and the forward raised an `LTDError`. (Classifiers of encoder-decoder models
