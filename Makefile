@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools/bin
 LOCK := requirements.lock
 
-.PHONY: demo test test-all lint lock canary matrix bench bench-cuda clean
+.PHONY: demo test test-all lint lock canary matrix peers bench bench-cuda clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -35,6 +35,9 @@ canary: $(VENV)/.tools ## the compatibility suite on the newest of everything: w
 matrix: $(VENV)/.tools ## the same on the oldest and newest torch and libraries, and the README's table from it
 	$(TOOLS)/nox --envdir $(VENV)/nox --session matrix
 	PYTHONPATH=tests $(TOOLS)/python -m compat.readme build/compat/torch-*.json
+
+peers: $(VENV)/.peers ## other libraries' own tests with every model transformed, and docs/peers.md (SUITE=llama: one of them)
+	PYTHONPATH=tests $(BIN)/python -m peer_suites.run $(SUITE)
 
 bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and docs/performance.md from them
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s

@@ -29,7 +29,7 @@ from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.site import refuse_replicas, routed_class, swap_back, swap_class
+from ltd_fx.site import ScriptingRefusal, refuse_replicas, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
 from ltd_fx.torch_private import is_replica, pytree
@@ -44,7 +44,8 @@ class Rewrite:
     sites: list[Site]  # empty until installed
     entries: list[CallSite]
     hooks: tuple[RemovableHandle, ...] = ()
-    pending: tuple[RemovableHandle, ...] = ()  # while patterns are to be inferred at the first training forward
+    # while patterns are to be inferred at the first training forward
+    pending: tuple[RemovableHandle | ScriptingRefusal, ...] = ()
     training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
@@ -99,7 +100,7 @@ def attach(
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
         refusing = (add_root_hook(layer.slot, refuse_unlearnt) for layer in layers)
-        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+        rewrite.pending = (add_root_hook(model, _complete), *refusing, ScriptingRefusal(model))
     if chained:
         hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
     else:

@@ -7,7 +7,7 @@ still holds.
 import inspect
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -38,6 +38,17 @@ def refuse_scripting(module: nn.Module) -> None:
         "ltd_fx: torch.jit.script cannot compile a transformed model; call ltd_fx.restore(model) before, or "
         "torch.jit.trace in eval mode"
     )
+
+
+class ScriptingRefusal:
+    """Has TorchScript refuse a module of which no layer is routed yet, until it is removed, as a hook is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        module.__dict__["__prepare_scriptable__"] = partial(refuse_scripting, module)
+
+    def remove(self) -> None:
+        self._module.__dict__.pop("__prepare_scriptable__", None)
 
 
 class RoutedLayer(nn.Module):

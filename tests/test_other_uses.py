@@ -107,6 +107,23 @@ def test_torchscript(training: bool) -> None:
     torch.jit.script(ltd_fx.restore(model))
 
 
+def test_torchscript_of_layers_that_are_learnt_later() -> None:
+    model = ltd_fx.transform(nn.Sequential(*(Unknown() for _ in range(3))).eval())
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(LTDError, match=r"torch\.jit\.script cannot compile a transformed model"):
+            torch.jit.script(each)
+        torch.jit.script(ltd_fx.restore(each))
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
 class Leaves(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.TransformerEncoderLayer)
