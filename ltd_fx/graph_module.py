@@ -13,7 +13,7 @@ from ltd_fx.find import Layer
 from ltd_fx.hooks import REWRITE, add_forward_hooks
 from ltd_fx.layer_pattern import forward_signature
 from ltd_fx.passes import Target, rewrite
-from ltd_fx.site import SITE, refuse_replicas, refuse_scripting
+from ltd_fx.site import SCRIPTING, SITE, refuse_replicas, refuse_scripting
 from ltd_fx.torch_private import REPLICATE
 
 
@@ -110,5 +110,5 @@ _METHODS = {
     "__copy__": _copy,
     "__reduce__": _reduce,
     REPLICATE: refuse_replicas,
-    "__prepare_scriptable__": refuse_scripting,
+    SCRIPTING: refuse_scripting,
 }

@@ -29,7 +29,7 @@ from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.place import Places
 from ltd_fx.report import CallSite, RewriteReport
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.site import ScriptingRefusal, refuse_replicas, routed_class, swap_back, swap_class
+from ltd_fx.site import SCRIPTING, refuse_replicas, refuse_scripting, routed_class, swap_back, swap_class
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
 from ltd_fx.torch_private import is_replica, pytree
@@ -45,7 +45,7 @@ class Rewrite:
     entries: list[CallSite]
     hooks: tuple[RemovableHandle, ...] = ()
     # while patterns are to be inferred at the first training forward
-    pending: tuple[RemovableHandle | ScriptingRefusal, ...] = ()
+    pending: tuple[RemovableHandle, ...] = ()
     training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
@@ -100,7 +100,8 @@ def attach(
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
         refusing = (add_root_hook(layer.slot, refuse_unlearnt) for layer in layers)
-        rewrite.pending = (add_root_hook(model, _complete), *refusing, ScriptingRefusal(model))
+        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+        model.__dict__[SCRIPTING] = refuse_scripting
     if chained:
         hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
     else:
@@ -185,9 +186,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
                 for site in sites:
                     swap_back(site.layer)
                 raise
-    for hook in rewrite.pending:
-        hook.remove()
-    rewrite.pending = ()
+    _end_pending(model, rewrite)
     if not isinstance(model, fx.GraphModule):
         rewrite.places = Places(model, sites)
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
@@ -196,6 +195,14 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     rewrite.entries = [
         replace(entry, pattern=patterns.get(entry.name), proof=proofs.get(entry.name)) for entry in rewrite.entries
     ]
+
+
+def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
+    """The first training forward is not waited for any more."""
+    for hook in rewrite.pending:
+        hook.remove()
+    rewrite.pending = ()
+    model.__dict__.pop(SCRIPTING, None)
 
 
 def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> list[Site]:
@@ -225,8 +232,9 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
-    for hook in (*done.hooks, *done.pending):
+    for hook in done.hooks:
         hook.remove()
+    _end_pending(root, done)
     done.hooks = ()  # for a copy.copy of the module, which shares layers and hooks with it
     del root.__dict__[REWRITE]
     if done.state.scheduler is not None and not done.copied:

@@ -7,7 +7,7 @@ still holds.
 import inspect
 import weakref
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -32,23 +32,16 @@ def refuse_replicas(module: nn.Module) -> None:
     )
 
 
-def refuse_scripting(module: nn.Module) -> None:
+# The method of a module, if it has one, that `torch.jit.script` calls before it compiles it.
+SCRIPTING = "__prepare_scriptable__"
+
+
+def refuse_scripting(*_: nn.Module) -> None:
     """Raise :class:`LTDError`: TorchScript compiles Python code, which for a routed layer is not all that runs."""
     raise LTDError(
         "ltd_fx: torch.jit.script cannot compile a transformed model; call ltd_fx.restore(model) before, or "
         "torch.jit.trace in eval mode"
     )
-
-
-class ScriptingRefusal:
-    """Has TorchScript refuse a module of which no layer is routed yet, until it is removed, as a hook is."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        module.__dict__["__prepare_scriptable__"] = partial(refuse_scripting, module)
-
-    def remove(self) -> None:
-        self._module.__dict__.pop("__prepare_scriptable__", None)
 
 
 class RoutedLayer(nn.Module):
@@ -81,8 +74,6 @@ class RoutedLayer(nn.Module):
         given = [kwargs.pop(name) for name in names[:count]]
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
 
-    __prepare_scriptable__ = refuse_scripting
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
         attributes = {name: value for name, value in self.__dict__.items() if not routes(value, self)}
@@ -94,6 +85,7 @@ class RoutedLayer(nn.Module):
 
 
 setattr(RoutedLayer, REPLICATE, refuse_replicas)
+setattr(RoutedLayer, SCRIPTING, refuse_scripting)
 
 
 def _rebuild(*arguments: Any) -> nn.Module:

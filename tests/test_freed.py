@@ -78,6 +78,10 @@ def learnt(model: nn.Module, batch: Any) -> Any:
     ltd_fx.transform(model, example_inputs=batch)
 
 
+def waiting(model: nn.Module, batch: Any) -> Any:
+    ltd_fx.transform(model)  # for the first training forward
+
+
 def trained(model: nn.Module, batch: Any) -> Any:
     ltd_fx.transform(model)
     model(*batch).sum().backward()
@@ -128,7 +132,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("by_counts")
 @pytest.mark.parametrize("kind", [Net, Real, InContext])
-@pytest.mark.parametrize("use", [learnt, trained, verified, restored, on_a_route, outlived, copied])
+@pytest.mark.parametrize("use", [learnt, waiting, trained, verified, restored, on_a_route, outlived, copied])
 def test_batches_and_weights_are_freed_at_once(use: Callable[..., Any], kind: type[Net]) -> None:
     model, inputs = kind(), batch()
     tensors, weights = [weakref.ref(t) for t in inputs], [weakref.ref(p) for p in model.parameters()]
