@@ -12,7 +12,7 @@ from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
 from ltd_fx.span import Span
 from ltd_fx.state import RouteState
-from ltd_fx.torch_private import skip_code
+from ltd_fx.torch_private import is_functorch_wrapped_tensor, skip_code
 
 REWRITE = "_ltd_rewrite"  # the attribute of the root that holds its ``install.Rewrite``
 
@@ -71,8 +71,15 @@ def _refuse_cache(state: RouteState, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook: layers that are called from now on are called alone."""
-    if root.training:
-        root.__dict__[REWRITE].state.end_forward()
+    if not root.training:
+        return
+    rewrite = root.__dict__[REWRITE]
+    rewrite.state.end_forward()
+    mask = rewrite.state.mask
+    if mask is not None and not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(mask):
+        rewrite.state.mask = None  # it ends with torch.func's transformation, and what was drawn by it cannot be told
+        for site in rewrite.sites:
+            site.begin_forward()
 
 
 def check_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from conftest import loss_of
 from scipy import stats
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from toy import PATTERN, Block, Net, snapshot
+from toy import PATTERN, Block, Encoder, Net, snapshot
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
@@ -269,3 +269,17 @@ def test_rotary_tables_without_rows_for_the_first_tokens(name: str, options: Any
     for indices in ltd_fx.sampled_indices(model).values():
         assert (indices[:, :first] == torch.arange(first)).all()
     assert ltd_fx.verify(model, (image,)).ok
+
+
+def test_what_was_drawn_by_a_mask_under_torch_func_is_not_told() -> None:
+    class Masked(Encoder):
+        def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(hidden)
+
+    model = ltd_fx.transform(Masked(4).train(), protect="mask")
+    hidden, mask = torch.randn(3, 1, 12, 16), torch.ones(3, 1, 12)
+    torch.func.vmap(model, randomness="different")(hidden, mask)
+    with pytest.raises(LTDError, match=r"under torch\.func"):
+        ltd_fx.sampled_indices(model)
+    model(hidden[:, 0], mask[:, 0])
+    assert len(ltd_fx.sampled_indices(model)) == 2
