@@ -8,19 +8,20 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ltd_fx import lowering, replay
 from ltd_fx.errors import LTDError
-from ltd_fx.find import Layers, find_stacks
-from ltd_fx.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
-from ltd_fx.keys import held_by
-from ltd_fx.observe import observe_values, split_inputs
-from ltd_fx.plan import Route, plan
-from ltd_fx.preserve import Sandbox
-from ltd_fx.proof import prove
-from ltd_fx.report import RewriteReport, VerifyReport
-from ltd_fx.schedule import LTDScheduler
-from ltd_fx.state import Protect, RouteState
+from ltd_fx.install.choose import Route, plan
+from ltd_fx.install.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
+from ltd_fx.install.report import RewriteReport, VerifyReport
+from ltd_fx.learn.find import Layers, find_stacks
+from ltd_fx.learn.observe import observe_values, split_inputs
+from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.ops import lowering
+from ltd_fx.prove.proof import prove
+from ltd_fx.runtime import replay
+from ltd_fx.runtime.state import Protect, RouteState
+from ltd_fx.schedule.scheduler import LTDScheduler
 from ltd_fx.torch_private import ORIG_MOD
+from ltd_fx.weights.keys import held_by
 
 _SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)

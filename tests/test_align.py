@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltd_fx import LTDError
-from ltd_fx.align import Aligned, align, align_extras, align_together
-from ltd_fx.draw import Draw, Site
-from ltd_fx.state import RouteState
+from ltd_fx.runtime.arguments import Aligned, align, align_extras, align_together
+from ltd_fx.runtime.records import Draw, Site
+from ltd_fx.runtime.state import RouteState
 
 BATCH, SEQ, HEADS, DIM = 3, 6, 2, 4
 INDICES = torch.tensor([[0, 2, 5], [1, 2, 3], [2, 4, 5]])

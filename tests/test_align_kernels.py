@@ -9,8 +9,8 @@ from emulate import Emulated
 from torch import Tensor
 
 from ltd_fx.cuda import launch
-from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
-from ltd_fx.sampling import draw_key, sample
+from ltd_fx.ops.arguments import aligned_by_indexing, mask_by_indexing
+from ltd_fx.ops.sampling import draw_key, sample
 
 KEY, SITE = torch.tensor(draw_key(0, 0)), torch.tensor(3)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ltd_fx import Aligned, LTDError
-from ltd_fx.align import align
-from ltd_fx.draw import Draw, Site
-from ltd_fx.state import RouteState
+from ltd_fx.runtime.arguments import align
+from ltd_fx.runtime.records import Draw, Site
+from ltd_fx.runtime.state import RouteState
 
 BATCH, SEQ, HEADS, DIM = 3, 7, 2, 4
 INDICES = torch.tensor([[0, 1, 2, 5], [0, 1, 3, 4], [0, 1, 4, 6]])

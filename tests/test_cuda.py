@@ -14,9 +14,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ltd_fx
-from ltd_fx import lowering, ops, ops_align
 from ltd_fx.cuda import driver
-from ltd_fx.sampling import draw_key, sample
+from ltd_fx.ops import arguments as ops_align
+from ltd_fx.ops import lowering
+from ltd_fx.ops import tokens as ops
+from ltd_fx.ops.sampling import draw_key, sample
 
 DEVICE = torch.device("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

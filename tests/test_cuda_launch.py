@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ltd_fx import LTDError
 from ltd_fx.cuda import driver, launch, ops
-from ltd_fx.sampling import sample
+from ltd_fx.ops.sampling import sample
 
 KEY, SITE = torch.tensor(5), torch.tensor(1)
 HIDDEN = torch.arange(2 * 9 * 4.0).view(2, 9, 4)

@@ -8,7 +8,7 @@ from attend import Attention, block, causal, rotate, tables
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltd_fx.reference import NotVerifiableError, dense_reference
+from ltd_fx.prove.reference import NotVerifiableError, dense_reference
 
 B, S, D, H = 3, 10, 16, 4
 PADDING = torch.ones(B, S, dtype=torch.bool)

@@ -9,7 +9,7 @@ from torch import nn
 
 import ltd_fx
 from ltd_fx import LTDScheduler
-from ltd_fx.patterns import _BUILT_IN
+from ltd_fx.learn.patterns import _BUILT_IN
 
 
 def mpt() -> nn.Module:

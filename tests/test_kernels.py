@@ -7,9 +7,9 @@ import torch
 from emulate import ARGS, Emulated
 from torch import Tensor
 
-from ltd_fx import ops
 from ltd_fx.cuda import driver, launch
-from ltd_fx.sampling import draw_key, sample
+from ltd_fx.ops import tokens as ops
+from ltd_fx.ops.sampling import draw_key, sample
 
 KEY, SITE = torch.tensor(-(2**40) - 7), torch.tensor(3)
 gather_tokens, scatter_tokens = torch.ops.ltd_fx.gather_tokens, torch.ops.ltd_fx.scatter_tokens

@@ -12,7 +12,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ltd_fx
-from ltd_fx import LTDError, lowering
+from ltd_fx import LTDError
+from ltd_fx.ops import lowering
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from ltd_fx import LTDError, lowering
+from ltd_fx import LTDError
+from ltd_fx.ops import lowering
 
 gather_tokens, scatter_tokens = torch.ops.ltd_fx.gather_tokens, torch.ops.ltd_fx.scatter_tokens
 sample_tokens = torch.ops.ltd_fx.sample_tokens

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from ltd_fx import LTDError, lowering
+from ltd_fx import LTDError
+from ltd_fx.ops import lowering
 
 gather_aligned, gather_mask = torch.ops.ltd_fx.gather_aligned, torch.ops.ltd_fx.gather_mask
 INDICES = torch.tensor([[0, 2, 5], [1, 2, 3], [2, 4, 5]])

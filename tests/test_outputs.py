@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ltd_fx
 from ltd_fx import LayerPattern, LTDError, LTDScheduler
-from ltd_fx.route import merge_output, split_hidden
+from ltd_fx.runtime.split_merge import merge_output, split_hidden
 
 
 @dataclasses.dataclass

@@ -49,7 +49,7 @@ def batch(lengths: list[int]) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ltd_fx.patterns._registered", {Varlen: ltd_fx.LayerPattern(hidden="x", output=None)})
+    monkeypatch.setattr("ltd_fx.learn.patterns._registered", {Varlen: ltd_fx.LayerPattern(hidden="x", output=None)})
 
 
 @pytest.mark.parametrize("sampling", ["per_sample", "shared"])

@@ -9,10 +9,10 @@ from conftest import SEQ, Case, text
 from torch import Tensor, fx, nn
 
 from ltd_fx import LayerPattern, LTDError
-from ltd_fx.capture import KWARGS, LAYER, call_graph, layer_graph
-from ltd_fx.observe import describe, observe
+from ltd_fx.learn.observe import describe, observe
+from ltd_fx.learn.sandbox import Sandbox
 from ltd_fx.passes import Target, align, check, locate, route
-from ltd_fx.preserve import Sandbox
+from ltd_fx.passes.capture import KWARGS, LAYER, call_graph, layer_graph
 
 
 def forward(x: Tensor, mask: Tensor | None = None, *rest: Any, gain: float = 1.0, **extras: Any) -> Tensor:

@@ -17,7 +17,7 @@ from toy import PATTERN, Block, Net
 
 import ltd_fx
 from ltd_fx import LayerPattern, LTDError, LTDScheduler
-from ltd_fx.patterns import align_attention_mask, find_pattern_maybe
+from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe
 
 transformers = pytest.importorskip("transformers")
 LLAMA = "transformers.models.llama.modeling_llama"
@@ -67,7 +67,7 @@ def train(model: nn.Module, **options: Any) -> list[torch.Tensor]:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "ltd_fx.patterns"]
+    return [record.getMessage() for record in caplog.records if record.name == "ltd_fx.learn.patterns"]
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["example inputs", "first forward"])
@@ -178,4 +178,4 @@ def test_an_overriding_subclass_is_learnt_or_refused_not_guessed() -> None:
 
 @pytest.fixture(autouse=True)
 def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="ltd_fx.patterns")
+    caplog.set_level(logging.INFO, logger="ltd_fx.learn.patterns")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
 from ltd_fx.cli import main
-from ltd_fx.planner import DEVICES, Model, make_plan
+from ltd_fx.schedule.planner import DEVICES, Model, make_plan
 
 # random-LTD's and DeepSpeed's published runs: layers, width, schedule, steps, share of layer tokens saved
 PUBLISHED = {

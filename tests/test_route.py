@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltd_fx import LTDError
-from ltd_fx.draw import Draw, Site
-from ltd_fx.route import merge_output, merge_tokens, split_hidden, split_tokens
-from ltd_fx.state import RouteState
+from ltd_fx.runtime.records import Draw, Site
+from ltd_fx.runtime.split_merge import merge_output, merge_tokens, split_hidden, split_tokens
+from ltd_fx.runtime.state import RouteState
 
 BATCH, SEQ, DIM = 3, 6, 4
 INDICES = torch.tensor([[0, 2, 5], [1, 2, 3], [2, 4, 5]])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ltd_fx.sampling import draw_key, hashes, sample, sample_on_cpu
+from ltd_fx.ops.sampling import draw_key, hashes, sample, sample_on_cpu
 
 P = 1e-3
 SEED = 20221117
@@ -55,7 +55,7 @@ def mix(x):
 
 
 def reference(key, site, rows, seq_len, keep):
-    """The docstrings of ltd_fx.sampling in Python integers."""
+    """The docstrings of ltd_fx.ops.sampling in Python integers."""
     increments = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
     result = []
     for row in range(rows):

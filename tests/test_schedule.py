@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ltd_fx import LTDError, LTDScheduler
-from ltd_fx.state import RouteState
+from ltd_fx.runtime.state import RouteState
 
 
 def attached(scheduler, *, seed=0, routed=10, dense=2):

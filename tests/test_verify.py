@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from toy import snapshot
 
 import ltd_fx
-from ltd_fx import Aligned, LayerPattern, LTDError, patterns
-from ltd_fx.layer_pattern import argument_names
-from ltd_fx.observe import Call
-from ltd_fx.preserve import Sandbox
-from ltd_fx.proof import prove
+from ltd_fx import Aligned, LayerPattern, LTDError
+from ltd_fx.learn import patterns
+from ltd_fx.learn.layer_pattern import argument_names
+from ltd_fx.learn.observe import Call
+from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.prove.proof import prove
 
 B, S, D, H = 4, 16, 16, 2
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltd_fx.cuda.driver import Dim3, Kernels
 from ltd_fx.errors import LTDError
-from ltd_fx.ops_align import gathered_shape
+from ltd_fx.ops.arguments import gathered_shape
 
 THREADS = 256  # of a block, but for long rows of tokens to sample
 _MAX_GRID_Y = 65535  # the kernels loop over what is beyond
@@ -72,7 +72,7 @@ class MaskArgs(ctypes.Structure):
 def sample_tokens(
     kernels: Kernels, key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    """:func:`ltd_fx.sampling.sample`, one block a row."""
+    """:func:`ltd_fx.ops.sampling.sample`, one block a row."""
     indices = key.new_empty((rows, keep))
     if indices.numel() == 0:
         return indices

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ltd_fx import ops, ops_align
 from ltd_fx.cuda import driver, launch
+from ltd_fx.ops import arguments as ops_align
+from ltd_fx.ops import tokens as ops
 
 
 @torch.library.impl(ops.lib, "sample_tokens", "CUDA")

@@ -5,17 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from ltd_fx.draw import Site
 from ltd_fx.errors import LTDError
-from ltd_fx.find import find_layers
-from ltd_fx.hooks import add_root_hook
-from ltd_fx.keys import clean_state_dict, unwrapped, without_components
-from ltd_fx.layer_pattern import LayerPattern, forward_signature
-from ltd_fx.lowering import register_inductor_decompositions
-from ltd_fx.patterns import align_attention_mask, find_pattern_maybe
-from ltd_fx.schedule import LTDScheduler
-from ltd_fx.site import RoutedLayer, routed_class, swap_class
-from ltd_fx.state import RouteState
+from ltd_fx.install.hooks import add_root_hook
+from ltd_fx.learn.find import find_layers
+from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
+from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe
+from ltd_fx.ops.lowering import register_inductor_decompositions
+from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_class
+from ltd_fx.runtime.records import Site
+from ltd_fx.runtime.state import RouteState
+from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.weights.keys import clean_state_dict, unwrapped, without_components
 
 _COMPONENT = "random_ltd_layer"
 _ORDERS = {"batch_seq_dim": True, "seq_batch_dim": False}
@@ -88,6 +88,7 @@ def _shared_state(scheduler: LTDScheduler, config: Mapping[str, Any]) -> RouteSt
         dense = config.get("total_layer_num", routed) - routed
         state = _WrapperState(scheduler, seed=0, shared=False, routed=routed, dense=dense)
         scheduler._attach(state)
+    assert isinstance(state, _WrapperState)  # _check_free
     return state
 
 
@@ -167,7 +168,7 @@ def convert_to_random_ltd(
         inner.set_submodule(name, wrapper)
         if scheduler is not None and i in ids:
             wrapper.init_config(config, scheduler, i)
-    if scheduler is not None and scheduler._state is not None:
+    if scheduler is not None and isinstance(scheduler._state, _WrapperState):
         add_root_hook(inner, scheduler._state.begin_forward)
     return model
 

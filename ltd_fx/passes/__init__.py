@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from ltd_fx.draw import Site
 from ltd_fx.passes.align import align
 from ltd_fx.passes.check import check
 from ltd_fx.passes.locate import Target, locate
 from ltd_fx.passes.route import route
 from ltd_fx.passes.span import span
+from ltd_fx.runtime.records import Site
 
 __all__ = ["Target", "align", "check", "locate", "rewrite", "route", "span"]
 

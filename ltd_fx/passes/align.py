@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import fx
 
-from ltd_fx.align import align as align_argument
-from ltd_fx.align import align_extra, align_extras, align_together
-from ltd_fx.capture import ARGS, KWARGS
+from ltd_fx.passes.capture import ARGS, KWARGS
 from ltd_fx.passes.locate import CallSite, call_sites
+from ltd_fx.runtime.arguments import align as align_argument
+from ltd_fx.runtime.arguments import align_extra, align_extras, align_together
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx
 
-from ltd_fx.draw import draw_tokens
 from ltd_fx.errors import LTDError
-from ltd_fx.layer_pattern import LayerPattern
+from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.runtime.draw import draw_tokens
 
 logger = logging.getLogger(__name__)
 META = "ltd_fx"
@@ -25,7 +25,7 @@ META = "ltd_fx"
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to route: ``site`` is the attribute of the graph's root that holds its :class:`ltd_fx.draw.Site`.
+    """A layer to route: ``site`` is the attribute of the graph's root that holds its :class:`ltd_fx.runtime.draw.Site`.
 
     Tokens leave at it (``enters``) and return after it (``leaves``), or do so at other layers of its ``route``.
     """

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import ltd_fx
-from ltd_fx.lowering import register_inductor_decompositions
-from ltd_fx.ops_align import aligned_by_indexing, mask_by_indexing
-from ltd_fx.sampling import draw_key
+from ltd_fx.ops.arguments import aligned_by_indexing, mask_by_indexing
+from ltd_fx.ops.lowering import register_inductor_decompositions
+from ltd_fx.ops.sampling import draw_key
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltd_fx.lowering import register_inductor_decompositions
-from ltd_fx.sampling import draw_key
+from ltd_fx.ops.lowering import register_inductor_decompositions
+from ltd_fx.ops.sampling import draw_key
 
 KEY, SITE = torch.tensor(draw_key(0, 0)), torch.tensor(1)
 

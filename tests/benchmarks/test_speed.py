@@ -16,7 +16,7 @@ from rounds import bootstrap, efficiency, interleave, rounds_wanted
 from torch import nn
 
 import ltd_fx
-from ltd_fx.planner import Model, make_plan
+from ltd_fx.schedule.planner import Model, make_plan
 
 # one thing changed at a time from the first
 SETTINGS = [

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import ltd_fx
-from ltd_fx.draw import Site
+from ltd_fx.runtime.records import Site
 
 from .construction import watch_timm, watch_transformers
 

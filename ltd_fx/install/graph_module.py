@@ -1,0 +1,114 @@
+"""A rewritten ``fx.GraphModule``: its graph in place, and copies of it that are routed as it is.
+
+fx copies a ``GraphModule`` without its hooks, and pickles it as code to be traced again, which sites do not survive.
+"""
+
+import copy
+from typing import Any
+
+from torch import fx
+
+from ltd_fx.install.hooks import REWRITE, add_forward_hooks
+from ltd_fx.learn.find import Layer
+from ltd_fx.learn.layer_pattern import forward_signature
+from ltd_fx.passes import Target, rewrite
+from ltd_fx.passes.routed_layer import SCRIPTING, SITE, refuse_replicas, refuse_scripting
+from ltd_fx.runtime.records import Site
+from ltd_fx.torch_private import REPLICATE
+
+
+def targets_of(layers: list[Layer]) -> dict[str, Target]:
+    """What the passes are told of the routed layers, by name: the i-th one's site is the graph's attribute ``i``."""
+    targets = {}
+    for i, layer in enumerate(layers):
+        assert layer.pattern is not None
+        signature = forward_signature(type(layer.module))
+        site = f"{SITE}_{i}"
+        targets[layer.name] = Target(
+            layer.name, site, signature, layer.pattern, layer.route, layer.enters, layer.leaves
+        )
+    return targets
+
+
+def route_graph(model: fx.GraphModule, targets: dict[str, Target], sites: list[Site]) -> fx.Graph:
+    """Rewrite the graph of ``model``, and give it the sites and ways of copying that it needs then.
+
+    Returns:
+        The graph as it was.
+
+    Raises:
+        LTDError: a call cannot be routed; ``model`` is as it was.
+
+    """
+    original, graph = model.graph, copy.deepcopy(model.graph)
+    graph.owning_module = None  # the passes name attributes that the module is given only after they succeed
+    rewrite(graph, targets)
+    _put_sites(model, sites)
+    model.graph = graph
+    return original
+
+
+def unroute_graph(model: fx.GraphModule, original: fx.Graph) -> None:
+    """Undo :func:`route_graph`."""
+    for name in [name for name in model.__dict__ if name.startswith(SITE)]:
+        delattr(model, name)
+    for method in _METHODS:
+        delattr(type(model), method)
+    model.graph = original
+
+
+def _put_sites(model: fx.GraphModule, sites: list[Site]) -> None:
+    for i, site in enumerate(sites):
+        setattr(model, f"{SITE}_{i}", site)
+    for name, method in _METHODS.items():  # on its class, which fx makes for each GraphModule and has its forward
+        setattr(type(model), name, method)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> fx.GraphModule:
+    copied: fx.GraphModule = super(type(self), self).__deepcopy__(memo)
+    rewritten = copy.deepcopy(self.__dict__[REWRITE], memo)  # as fx has copied it, with the sites that the graph calls
+    _put_sites(copied, rewritten.sites)
+    rewritten.graph = copied.graph
+    return _followed(copied, rewritten)
+
+
+def _copy(self: Any) -> fx.GraphModule:
+    copied: fx.GraphModule = super(type(self), self).__copy__()
+    rewritten = copy.copy(self.__dict__[REWRITE])
+    rewritten.sites = [copy.copy(site) for site in rewritten.sites]
+    rewritten.graph, rewritten.copied = copied.graph, True
+    _put_sites(copied, rewritten.sites)
+    return _followed(copied, rewritten)
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    """Pickle as (module with the original graph, what was done to it)."""
+    rewritten = copy.copy(self.__dict__[REWRITE])
+    plain = fx.GraphModule.__new__(type(self))
+    ours = (REWRITE, *(name for name in self.__dict__ if name.startswith(SITE)))
+    plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
+    plain.graph = copy.deepcopy(rewritten.original)
+    rewritten.hooks, rewritten.original = (), None
+    return _rebuild, (plain, rewritten)
+
+
+def _rebuild(plain: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
+    rewritten.original = route_graph(plain, targets_of(rewritten.layers), rewritten.sites)
+    rewritten.graph = plain.graph
+    return _followed(plain, rewritten)
+
+
+def _followed(model: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
+    """``model`` with the hooks of a transformed one, and what was done to it."""
+    rewritten.hooks = add_forward_hooks(model)
+    model.__dict__[REWRITE] = rewritten
+    return model
+
+
+_METHODS = {
+    "__deepcopy__": _deepcopy,
+    "__copy__": _copy,
+    "__reduce__": _reduce,
+    REPLICATE: refuse_replicas,
+    SCRIPTING: refuse_scripting,
+}

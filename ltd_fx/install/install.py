@@ -1,0 +1,273 @@
+"""Rewrite a model in place, and back: what to route, where the pieces are kept, how they are taken out again."""
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from ltd_fx.errors import LTDError
+from ltd_fx.install.graph_module import route_graph, targets_of, unroute_graph
+from ltd_fx.install.hooks import (
+    REWRITE,
+    add_forward_hooks,
+    add_root_hook,
+    check_places,
+    check_routes,
+    refuse_unlearnt,
+    watch_routes,
+)
+from ltd_fx.install.places import Places
+from ltd_fx.install.report import RewriteReport
+from ltd_fx.learn.call_site import CallSite
+from ltd_fx.learn.find import Layer
+from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.learn.observe import split_inputs
+from ltd_fx.passes import rewrite as rewrite_graph
+from ltd_fx.passes.capture import call_graph, forget_objects
+from ltd_fx.passes.routed_layer import SCRIPTING, refuse_replicas, refuse_scripting, routed_class, swap_back, swap_class
+from ltd_fx.prove.examine import Examination
+from ltd_fx.runtime.records import Site, Span
+from ltd_fx.runtime.state import RouteState
+from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.torch_private import is_replica, pytree
+
+
+@dataclass
+class Rewrite:
+    """What was done to a model; kept in its ``__dict__``, outside modules and buffers."""
+
+    state: RouteState
+    layers: list[Layer]  # the routed ones; with patterns, once installed
+    sites: list[Site]  # empty until installed
+    entries: list[CallSite]
+    hooks: tuple[RemovableHandle, ...] = ()
+    # while patterns are to be inferred at the first training forward
+    pending: tuple[RemovableHandle, ...] = ()
+    training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
+    places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
+    forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
+    graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
+    original: fx.Graph | None = None  # of an fx.GraphModule
+    copied: bool = False  # by copy.deepcopy: the scheduler drives the original still
+
+    def report(self) -> RewriteReport:
+        graphs = {site.name: getattr(site.layer, "_ltd_graph", self.graph) for site in self.sites}
+        return RewriteReport([replace(entry, graph=graphs.get(entry.name)) for entry in self.entries], self.graph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``torch.save(model)``: the recorded graph holds fake tensors and is only for reading."""
+        return {**self.__dict__, "graph": None, "copied": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rewrite":
+        other = object.__new__(Rewrite)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo), copied=True)
+        return other
+
+
+def attach(
+    model: nn.Module, layers: list[Layer], entries: list[CallSite], state: RouteState, example_inputs: Any
+) -> None:
+    """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
+    forward.
+
+    Args:
+        model: the root.
+        layers: those to route.
+        entries: for the report.
+        state: what the sites share.
+        example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
+
+    Raises:
+        LTDError: a layer cannot be routed; nothing is changed.
+
+    """
+    unknown = next((layer for layer in layers if layer.pattern is None), None)
+    is_graph = isinstance(model, fx.GraphModule)
+    if unknown is not None and example_inputs is None and is_graph:
+        raise LTDError(
+            f"ltd_fx: {unknown.name} is a {type(unknown.module).__name__}, for which no LayerPattern is known; pass "
+            "example_inputs to learn it from, or call ltd_fx.register_pattern"
+        )
+    rewrite = Rewrite(state, layers, [], entries)
+    state.root, state.entries = type(model).__name__, entries
+    # that the layers of a route follow each other is only seen in a forward
+    chained = not is_graph and not all(layer.enters for layer in layers)
+    if example_inputs is not None or (unknown is None and not chained):
+        install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
+    else:
+        refusing = (add_root_hook(layer.slot, refuse_unlearnt) for layer in layers)
+        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+        model.__dict__[SCRIPTING] = refuse_scripting
+    if chained:
+        hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
+    else:
+        hooks = add_forward_hooks(model, before=() if is_graph else (check_places,))
+    rewrite.hooks = (*rewrite.hooks, *hooks)
+    model.__dict__[REWRITE] = rewrite
+    if state.scheduler is not None:
+        state.scheduler._attach(state)
+
+
+def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose patterns are to be inferred."""
+    if not root.training:
+        return
+    if is_replica(root):
+        refuse_replicas(root)
+    if torch.compiler.is_compiling():
+        raise LTDError(
+            "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
+            "larger compiled program; pass example_inputs to ltd_fx.transform"
+        )
+    torch.compiler.disable(install)(root, root.__dict__[REWRITE], (args, kwargs))
+
+
+def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: arguments of another form than any before (a ControlNet's residuals) may end a route."""
+    if torch.compiler.is_compiling() or not root.training:
+        return
+    rewrite = root.__dict__[REWRITE]
+    form = _form((args, kwargs))
+    if form not in rewrite.forms:
+        calls = torch.compiler.disable(Examination)(root, rewrite.layers, (args, kwargs)).calls
+        rewrite_graph(call_graph(calls), targets_of(rewrite.layers))
+        rewrite.forms.add(form)
+
+
+def _form(inputs: Any) -> Any:
+    """(args, kwargs) without values: what is where, and the number of dimensions of tensors."""
+    flat, _ = pytree.tree_flatten_with_path(inputs)
+    kinds = ((path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf)) for path, leaf in flat)
+    return tuple((pytree.keystr(path), kind) for path, kind in kinds)
+
+
+def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
+    """Put the rewritten pieces in place; whatever can be refused is, before anything changes.
+
+    Args:
+        model: the root.
+        rewrite: gets the sites, patterns and proofs.
+        inputs: (args, kwargs) of one forward, or ``None``.
+
+    Raises:
+        LTDError: a layer cannot be routed.
+
+    """
+    state, layers, graph, proofs, examination = rewrite.state, rewrite.layers, None, {}, None
+    if inputs is not None:
+        rewrite.forms.add(_form(inputs))
+        examination = Examination(model, layers, inputs)
+        accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
+        layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
+        graph, rewrite.training = call_graph(examination.calls), examination.training
+    sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
+    targets = targets_of(layers)
+    if graph is not None:
+        rewrite_graph(graph, targets, {site.name: site for site in sites})
+        forget_objects(graph)
+    if isinstance(model, fx.GraphModule):
+        rewrite.original = route_graph(model, targets, sites)
+        graph = model.graph
+    else:
+        classes = [
+            routed_class(type(layer.slot), type(layer.module), known(layer), layer.enters, layer.leaves)
+            for layer in layers
+        ]
+        for site, routed in zip(sites, classes, strict=True):
+            swap_class(site.layer, routed, site)
+        if examination is not None:
+            try:
+                examination.rehearse(sites)
+            except LTDError:
+                for site in sites:
+                    swap_back(site.layer)
+                raise
+    _end_pending(model, rewrite)
+    if not isinstance(model, fx.GraphModule):
+        rewrite.places = Places(model, sites)
+        rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
+    patterns = {layer.name: layer.pattern for layer in layers}
+    rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
+    rewrite.entries = [
+        replace(entry, pattern=patterns.get(entry.name), proof=proofs.get(entry.name)) for entry in rewrite.entries
+    ]
+
+
+def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
+    """The first training forward is not waited for any more."""
+    for hook in rewrite.pending:
+        hook.remove()
+    rewrite.pending = ()
+    model.__dict__.pop(SCRIPTING, None)
+
+
+def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> list[Site]:
+    """The sites of the layers, in order; those on one route share a draw, hence a number."""
+    numbers = {layer.name: i for i, layer in enumerate(layers)}
+    spans: dict[str, Span] = {}
+    sites = []
+    for layer in layers:
+        first = layer.route or layer.name
+        span = spans.setdefault(first, Span()) if not (layer.enters and layer.leaves) else None
+        sites.append(Site(layer.name, numbers[first], layer.slot, state, state.lengths[layer.share], span, in_graph))
+    return sites
+
+
+def known(layer: Layer) -> LayerPattern:
+    """The layer's pattern, which by now there is."""
+    assert layer.pattern is not None
+    return layer.pattern
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo :func:`install`."""
+    root, done = find_rewrite(model)
+    if done.original is not None:
+        assert isinstance(root, fx.GraphModule)
+        unroute_graph(root, done.original)
+    else:
+        for site in done.sites:
+            swap_back(site.layer)
+    for hook in done.hooks:
+        hook.remove()
+    _end_pending(root, done)
+    done.hooks = ()  # for a copy.copy of the module, which shares layers and hooks with it
+    del root.__dict__[REWRITE]
+    if done.state.scheduler is not None and not done.copied:
+        done.state.scheduler._attach(None)
+
+
+def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
+    """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
+    found = ((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__)
+    return next(((m, rewrite) for m, rewrite in found if rewrite.hooks), None)
+
+
+def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:
+    """As :func:`find_rewrite_maybe`.
+
+    Raises:
+        LTDError: the model is not transformed.
+
+    """
+    found = find_rewrite_maybe(model)
+    if found is None:
+        raise LTDError("ltd_fx: the model is not transformed; call ltd_fx.transform(model, scheduler) first")
+    return found
+
+
+def find_scheduler(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
+    """The transformed module and its scheduler, for the callbacks of trainers.
+
+    Raises:
+        LTDError: the model is not transformed, or has no scheduler.
+
+    """
+    root, rewrite = find_rewrite(model)
+    if rewrite.state.scheduler is None:
+        raise LTDError("LTDCallback: the model keeps half of its tokens always; pass an LTDScheduler to transform")
+    return root, rewrite.state.scheduler

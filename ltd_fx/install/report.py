@@ -1,0 +1,64 @@
+"""What was rewritten and what was found: the answers of ``ltd_fx.summary`` and ``ltd_fx.verify``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ltd_fx.learn.call_site import CallSite, Proof
+from ltd_fx.runtime.arguments import Aligned
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The proofs of all routed layers, in order; ``str()`` is a table."""
+
+    sites: list[Proof]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every site is verified."""
+        return all(site.status == "verified" for site in self.sites)
+
+    def __str__(self) -> str:
+        width = max(len(site.name) for site in self.sites)
+        lines = []
+        for site in self.sites:
+            error = "" if site.error is None else f"{site.error:.1e}"
+            lines.append(f"{site.name:{width}}  {site.status:14}  {error:7}  {site.reason}".rstrip())
+        verified = sum(site.status == "verified" for site in self.sites)
+        return "\n".join([*lines, f"{verified} of {len(self.sites)} routed layers verified"])
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """All target layers of a transformed model, in order; ``str()`` is a table.
+
+    ``graph`` is the model's rewritten graph of call sites where one was captured: from ``example_inputs``, or the
+    ``fx.GraphModule``'s own.
+    """
+
+    sites: list[CallSite]
+    graph: fx.Graph | None = None
+
+    def __str__(self) -> str:
+        header = ("layer", "class", "tokens", "aligned", "why")
+        rows = [header]
+        for site in self.sites:
+            aligned = ", ".join(f"{name}{_dims(dims)}" for name, dims in site.aligned.items()) if site.routed else ""
+            rows.append((site.name, site.layer_class, site._tokens(), aligned, site._why()))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        routed = sum(site.routed for site in self.sites)
+        return "\n".join([*lines, f"{routed} of {len(self.sites)} layers routed"])
+
+
+def _dims(entry: Any) -> str:
+    if isinstance(entry, str):
+        return f" by {entry}"
+    if isinstance(entry, Aligned):
+        prefix = f" {entry.prefix:+}" if entry.prefix else ""
+        return f"[{', '.join(map(str, entry.dims))}{prefix}]"
+    items = (_dims(item) if isinstance(item, tuple) else "-" if item is None else str(item) for item in entry)
+    return f"[{', '.join(items)}]"

@@ -1,0 +1,86 @@
+"""The records of a target layer: how it is transformed, and what was found for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ltd_fx.learn.layer_pattern import LayerPattern
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found for one routed layer.
+
+    Attributes:
+        name: fully qualified name.
+        layer_class: name of its class.
+        status: ``"verified"``; ``"wrong"``: kept rows differ or the layer fails on fewer tokens; ``"not verifiable"``:
+            the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
+        error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
+        reason: why it is not verified.
+        counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
+            proof holds up to the length it was made at.
+
+    """
+
+    name: str
+    layer_class: str
+    status: str
+    error: float | None = None
+    reason: str = ""
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """One layer of a stack, as transformed.
+
+    Attributes:
+        name: fully qualified name.
+        layer_class: name of its class.
+        stack: fully qualified name of the parent it shares with the rest of its stack.
+        routed: whether it sees a subset of the tokens in training.
+        reason: of a dense layer, why.
+        pattern: how it is routed; ``None`` of a dense layer, or while it is yet to be inferred.
+        proof: that it is right; ``None`` where ``transform`` got no ``example_inputs``.
+        graph: the rewritten graph that the layer runs; ``None`` of a dense layer.
+        share: of the tokens, that it keeps where the schedule starts; ``None``: the scheduler's ``min_length``.
+        route: name of the layer whose draw it uses, on a route over several layers; ``None``: its own.
+
+    """
+
+    name: str
+    layer_class: str
+    stack: str
+    routed: bool
+    reason: str
+    pattern: LayerPattern | None = None
+    proof: Proof | None = None
+    graph: fx.Graph | None = None
+    share: float | None = None
+    route: str | None = None
+
+    @property
+    def aligned(self) -> dict[str, tuple[Any, ...] | str]:
+        """Per argument, the dimensions gathered with the tokens, or the name of the function that gathers it."""
+        entries = self.pattern.aligned.items() if self.pattern is not None else ()
+        named = {name: getattr(e, "__name__", repr(e)) if callable(e) else e for name, e in entries}
+        return {name: entry for name, entry in named.items() if entry != ()}
+
+    def _tokens(self) -> str:
+        if not self.routed:
+            return "dense"
+        share = "" if self.share is None else f" {self.share:.0%}"
+        return f"routed{share}" if self.route in (None, self.name) else f"as {self.route}"
+
+    def _why(self) -> str:
+        if not self.routed:
+            return self.reason
+        if self.pattern is None:
+            return "to be inferred at the first training forward"
+        if self.proof is None:
+            return "by its LayerPattern, not checked"
+        if self.proof.status == "verified":
+            return f"verified, error {self.proof.error:.0e}"
+        return f"by its LayerPattern, not verifiable: {self.proof.reason}"

@@ -1,0 +1,136 @@
+"""Find the target layers of a model, as stacks: the layers that share a parent, in order."""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.learn.patterns import find_pattern_maybe, is_known
+from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE
+
+Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it.
+
+    Attributes:
+        pattern: ``None`` where it is not known yet.
+        share: of the tokens, that it keeps; ``None``: as many as the scheduler says.
+        route: name of the layer at which its tokens leave; ``None``: itself.
+        leaves: whether dropped tokens return after it.
+
+    """
+
+    name: str
+    slot: nn.Module
+    module: nn.Module
+    pattern: LayerPattern | None
+    share: float | None = None
+    route: str | None = None
+    leaves: bool = True
+
+    @property
+    def enters(self) -> bool:
+        """Whether tokens leave at this layer."""
+        return self.route in (None, self.name)
+
+
+def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
+    """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``).
+
+    Raises:
+        LTDError: as :func:`find_layers`.
+
+    """
+    modules = dict(model.named_modules())
+    stacks: dict[str, list[Layer]] = {}
+    for name in find_layers(model, layers):
+        slot = name.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
+        inner = f"{slot}.{CHECKPOINT_WRAPPED_MODULE}"
+        module = modules[inner if inner in modules else slot]
+        stack = slot.rpartition(".")[0]
+        stacks.setdefault(stack, []).append(Layer(slot, modules[slot], module, find_pattern_maybe(module)))
+    return list(stacks.values())
+
+
+def find_layers(model: nn.Module, layers: Layers) -> list[str]:
+    """The fully qualified names that ``layers`` selects, in order.
+
+    Raises:
+        LTDError: nothing matches, or a match lies within another.
+
+    """
+    modules = dict(model.named_modules())
+    names = [name for name in _select(modules, layers) if name]
+    if not names:
+        raise LTDError(_nothing_matches(modules, layers))
+    for name in names:
+        outer = next((other for other in names if name.startswith(other + ".")), None)
+        if outer is not None:
+            raise LTDError(f"ltd_fx: layers={layers!r} matches {name} within {outer}; select one of them")
+    return names
+
+
+def _select(modules: dict[str, nn.Module], layers: Layers) -> list[str]:
+    if layers is None:
+        known = [name for name, module in modules.items() if is_known(module)]
+        return known or _repeated(modules)
+    if isinstance(layers, str):
+        try:
+            regex = re.compile(layers)
+        except re.error as error:
+            raise LTDError(f"ltd_fx: layers={layers!r} is not a regular expression: {error}") from error
+        return [name for name in modules if regex.fullmatch(name)]
+    if isinstance(layers, type) or (isinstance(layers, tuple) and all(isinstance(cls, type) for cls in layers)):
+        return [name for name, module in modules.items() if isinstance(module, layers)]
+    if callable(layers):
+        return [name for name, module in modules.items() if layers(name, module)]
+    if isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
+        missing = [name for name in layers if isinstance(name, str) and name not in modules]
+        if missing:
+            near = difflib.get_close_matches(missing[0], modules, n=3)
+            raise LTDError(f"ltd_fx: the model has no layer {missing[0]!r}{_did_you_mean(near)}")
+        return [name for name in modules if name in layers]
+    raise LTDError(
+        f"ltd_fx: layers={layers!r} must be a class, a tuple of classes, a regular expression, a list of names, or a "
+        "predicate (name, module) -> bool"
+    )
+
+
+def _repeated(modules: dict[str, nn.Module]) -> list[str]:
+    """The elements of the outermost lists of three or more modules of one class, which have modules of their own."""
+    names: list[str] = []
+    for name, module in modules.items():
+        elements = [(f"{name}.{child}" if name else child, m) for child, m in module.named_children()]
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or len(elements) < 3:
+            continue
+        inner = any(name.startswith(other + ".") for other in names)
+        if not inner and len({type(m) for _, m in elements}) == 1 and list(elements[0][1].children()):
+            names += [element for element, _ in elements]
+    return names
+
+
+def _nothing_matches(modules: dict[str, nn.Module], layers: Layers) -> str:
+    repeated = {
+        name: type(next(module.children())).__name__
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    }
+    seen = ", ".join(f"{cls} in {name}" for name, cls in list(repeated.items())[:5]) or "no repeated layers"
+    if layers is None:
+        return (
+            f"ltd_fx: found neither a layer with a known LayerPattern nor a list of three like layers (seen: {seen}); "
+            "select layers with transform(..., layers=...)"
+        )
+    near = difflib.get_close_matches(layers, modules, n=3) if isinstance(layers, str) else []
+    return f"ltd_fx: layers={layers!r} matches nothing in the model{_did_you_mean(near)} (seen: {seen})"
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f"; did you mean {', '.join(map(repr, names))}?" if names else ""

@@ -1,0 +1,237 @@
+"""Learn a layer's pattern from how the model calls it at several lengths and batch sizes.
+
+A dimension carries the sequence if it changed exactly when the layer's hidden states did, and to the same length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from ltd_fx.errors import LTDError
+from ltd_fx.learn.layer_pattern import Align, LayerPattern, forward_signature
+from ltd_fx.learn.observe import Call, is_stream
+from ltd_fx.learn.probe import Probe
+from ltd_fx.runtime.arguments import Aligned, align
+from ltd_fx.runtime.records import Draw
+from ltd_fx.tree import items_of, leaves
+
+# A table may have so many rows more or fewer than there are tokens (class and register tokens) where no second length
+# can be tried; whether it follows the tokens is for the proof to tell.
+_MAX_PREFIX = 8
+_POSITIONS = ("positions", "position_ids")
+
+
+def infer_pattern(
+    name: str,
+    layer_class: type[nn.Module],
+    call: Call,
+    lengths: list[Probe],
+    batch: Probe | None,
+    seq_dim: int,
+    *,
+    near: bool = False,
+) -> LayerPattern:
+    """The pattern of a layer.
+
+    Args:
+        name: the layer's.
+        layer_class: whose ``forward`` names the arguments.
+        call: as the example inputs have it.
+        lengths: forwards at other sequence lengths; without any, sizes equal to the sequence length follow it.
+        batch: a forward at another batch size.
+        seq_dim: the dimension of the hidden states that carries the sequence, 0 or 1.
+        near: without ``lengths``, also take tables of a few rows more or fewer than tokens to follow them.
+
+    Raises:
+        LTDError: no argument looks like hidden states that the layer returns, or one follows the tokens in a way that
+            cannot be gathered.
+
+    """
+    signature = forward_signature(layer_class)
+    moved = [probe.calls[name] for probe in lengths]
+    base, *others = (_arguments(signature, c) for c in (call, *moved))
+    rebatched = _arguments(signature, batch.calls[name]) if batch is not None else None
+    hidden = _find_hidden(name, base, call.output)
+    streams = [arguments[hidden] for arguments in (base, *others)]
+    sizes = [s.shape[seq_dim] for s in streams]
+    reader = _Reader(name, sizes, base[hidden].shape[1 - seq_dim], near)
+    aligned: dict[str, Align] = {}
+    cache = None
+    for argument, value in base.items():
+        if argument == hidden:
+            continue
+        if hasattr(value, "get_seq_length"):
+            cache = argument
+            continue
+        across = [arguments.get(argument) for arguments in others]
+        if any(leaf is not None for leaf in leaves(value)):
+            aligned[argument] = reader.entry(argument, value, across, rebatched.get(argument) if rebatched else None)
+    slot, returned, dropped = _outputs(base, hidden, call, [c.output for c in moved])
+    return LayerPattern(hidden, aligned, seq_dim == 1, slot, returned, dropped, cache)
+
+
+def per_head(pattern: LayerPattern) -> LayerPattern:
+    """The pattern whose tables without batch and heads (rotary ``[S, D]``) get a dimension for each, to broadcast."""
+
+    def changed(entry: Any) -> Any:
+        if isinstance(entry, Aligned):
+            return entry._replace(per_head=True) if entry.batch is None else entry
+        if isinstance(entry, tuple) and any(isinstance(e, tuple) for e in entry):
+            return tuple(e and changed(e) for e in entry)
+        return Aligned(entry, None, per_head=True) if isinstance(entry, tuple) and 0 in entry else entry
+
+    return replace(pattern, aligned={name: changed(entry) for name, entry in pattern.aligned.items()})
+
+
+def with_positions(pattern: LayerPattern, layer_class: type[nn.Module]) -> LayerPattern:
+    """The pattern that passes the kept positions to a layer which takes positions, and counts them itself otherwise."""
+    names = [n for n in forward_signature(layer_class).parameters if n in _POSITIONS and n not in pattern.aligned]
+    return replace(pattern, aligned={**pattern.aligned, **dict.fromkeys(names, kept_positions)})
+
+
+def kept_positions(draw: Draw | None, value: Any) -> Any:
+    """``[B, k]`` positions: those of the kept tokens where the layer is called without."""
+    if draw is None or value is not None:
+        return align(draw, value, "positions", (1,))
+    return draw.indices.expand(draw.batch, -1)
+
+
+def _arguments(signature: Any, call: Call) -> dict[str, Any]:
+    bound = dict(signature.bind(*call.args, **call.kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+        elif parameter.kind is parameter.VAR_POSITIONAL and parameter.name in bound:
+            bound["*args"] = bound.pop(parameter.name)
+    return bound
+
+
+def _find_hidden(name: str, arguments: Mapping[str, Any], output: Any) -> str:
+    shapes = [leaf.shape for leaf in leaves(output) if isinstance(leaf, Tensor)]
+    for argument, value in arguments.items():
+        if is_stream(value) and value.shape in shapes:
+            return argument
+    given = ", ".join(f"{n} {tuple(v.shape)}" for n, v in arguments.items() if isinstance(v, Tensor))
+    raise LTDError(
+        f"ltd_fx: {name}: no argument holds 3-D floating-point hidden states [B, S, D] that the layer returns at the "
+        f"same shape (it takes {given or 'no tensor'}); leave it out with transform(..., layers=...)"
+    )
+
+
+class _Reader:
+    """Reads how an argument follows the tokens off its shapes; ``sizes`` are the sequence's in each forward."""
+
+    def __init__(self, name: str, sizes: list[int], batch: int, near: bool) -> None:
+        self.name, self.sizes, self.batch, self.near = name, sizes, batch, near
+
+    def entry(self, argument: str, value: Any, across: list[Any], rebatched: Any) -> Align:
+        items = items_of(value)
+        if items is not None:
+            entries = [
+                self.entry(argument, item, [_item(other, i) for other in across], _item(rebatched, i))
+                for i, item in enumerate(items)
+            ]
+            tensors = [e for e, item in zip(entries, items, strict=True) if any(map(_follows, leaves(item)))]
+            alone = all(leaf is None or _follows(leaf) for leaf in leaves(value))
+            if alone and all(e == tensors[0] for e in tensors):
+                return tensors[0] if tensors else ()
+            return tuple(e or None for e in entries) if any(entries) else ()
+        if isinstance(value, BlockMask):
+            return (2, 3)
+        if not isinstance(value, Tensor):
+            return ()
+        return self._tensor(argument, value, [v for v in across if isinstance(v, Tensor)], rebatched)
+
+    def _tensor(self, argument: str, value: Tensor, across: list[Tensor], rebatched: Any) -> Align:
+        dims: dict[int, int] = {}
+        for dim in range(value.ndim):
+            column = [value.shape[dim], *(v.shape[dim] for v in across if v.ndim == value.ndim)]
+            prefix = self._prefix(argument, value, column)
+            if prefix is not None:
+                dims[dim] = prefix
+        if not dims:
+            return ()
+        if len(self.sizes) == 1:  # where lengths have to be guessed, the nearest
+            nearest = min(dims.values(), key=abs)
+            dims = {dim: prefix for dim, prefix in dims.items() if prefix == nearest}
+        if len(set(dims.values())) > 1:
+            raise LTDError(
+                f"ltd_fx: {self.name}: argument {argument!r} of shape {tuple(value.shape)} follows the {self.sizes[0]} "
+                "tokens with different offsets in its dimensions; register a LayerPattern with a callable for it"
+            )
+        found = Aligned(tuple(dims), self._batch_dim(value, rebatched, tuple(dims)), next(iter(dims.values())))
+        usual = None if 0 in dims else 0
+        return found.dims if found.batch == usual and found.prefix == 0 else found
+
+    def _prefix(self, argument: str, value: Tensor, column: list[int]) -> int | None:
+        """How many rows a dimension has beyond the tokens', or None if it does not follow them."""
+        first, size = column[0], self.sizes[0]
+        if len(self.sizes) == 1:
+            near = self.near and 0 < abs(first - size) <= _MAX_PREFIX
+            return 0 if first == size else first - size if near else None
+        if len(column) != len(self.sizes) or len(set(column)) == 1:
+            return None
+        offsets = {n - s for n, s in zip(column, self.sizes, strict=True)}
+        if len(offsets) == 1:
+            return offsets.pop()
+        if any((n == first) != (s == size) for n, s in zip(column, self.sizes, strict=True)):
+            return None  # it follows another sequence: the encoder's
+        raise LTDError(
+            f"ltd_fx: {self.name}: argument {argument!r} of shape {tuple(value.shape)} changes with the sequence "
+            f"length, but is {column} long for {self.sizes} tokens; register a LayerPattern with a callable for it"
+        )
+
+    def _batch_dim(self, value: Tensor, rebatched: Any, dims: tuple[int, ...]) -> int | None:
+        if isinstance(rebatched, Tensor) and rebatched.ndim == value.ndim:
+            changed = [d for d in range(value.ndim) if value.shape[d] != rebatched.shape[d] and d not in dims]
+            if changed:
+                return changed[0]
+        elif 0 not in dims and value.shape[0] % self.batch == 0:
+            return 0
+        return 0 if 0 not in dims and value.shape[0] == 1 else None
+
+
+def _item(value: Any, i: int) -> Any:
+    items = items_of(value)
+    return items[i] if items is not None and i < len(items) else None
+
+
+def _follows(value: Any) -> bool:
+    return isinstance(value, (Tensor, BlockMask))
+
+
+def _outputs(
+    arguments: Mapping[str, Any], hidden: str, call: Call, moved: list[Any]
+) -> tuple[int | None, dict[int, str | None], tuple[int, ...]]:
+    """The slot of the hidden states, what is in the other slots that hold tensors, and which of them to drop."""
+    items = items_of(call.output)
+    if items is None:
+        return 0, {}, ()
+    shape = arguments[hidden].shape
+    given = {id(value) for value in arguments.values()}
+    slots = [i for i, t in enumerate(items) if isinstance(t, Tensor) and t.shape == shape and id(t) not in given]
+    if len(slots) > 1:
+        raise LTDError(
+            f"ltd_fx: {call.name}: slots {slots} of its output are all as large as the hidden states; say which "
+            "holds them with register_pattern(..., LayerPattern(output=...))"
+        )
+    slot = slots[0] if slots else 0
+    returned: dict[int, str | None] = {}
+    dropped: list[int] = []
+    for i, item in enumerate(items):
+        if i == slot or not isinstance(item, Tensor):
+            continue
+        source = next((name for name, value in arguments.items() if value is item), None)
+        others = [items_of(output) for output in moved]
+        if source is not None:
+            returned[i] = source
+        elif all(o is not None and i < len(o) and o[i].shape == item.shape for o in others) and (
+            moved or shape[1] not in item.shape
+        ):
+            returned[i] = None
+        else:
+            dropped.append(i)
+    return slot, returned, tuple(dropped)

@@ -1,0 +1,237 @@
+"""From example inputs to proven patterns: probe, infer, prove."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.learn.alike import likeness, shapes, structure
+from ltd_fx.learn.call_site import Proof
+from ltd_fx.learn.find import Layer
+from ltd_fx.learn.infer import infer_pattern, per_head, with_positions
+from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.learn.observe import Call, describe, observe, observe_values
+from ltd_fx.learn.patterns import is_registered
+from ltd_fx.learn.probe import Probe, batch_probes, by_name, length_probes, stream
+from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.prove.proof import prove
+from ltd_fx.prove.rehearse import rehearse
+from ltd_fx.runtime.records import Site
+
+# Enough to tell any two ways of routing apart.
+_TOKENS, _SEQUENCES = 12, 2
+
+
+class Examination:
+    """A model seen through its example inputs.
+
+    Shapes are learnt under fake tensors, where the model runs on them; values (masks, rotary tables) come from a
+    forward on a few tokens of a few sequences, where the inputs can be narrowed to them. Both are of eval mode, where
+    nothing is left out by chance, unless training calls the layers in another way (with fewer patches, say).
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
+        self._model, self._inputs = model, inputs
+        self._sandbox = Sandbox(model)
+        self._slots = {layer.name: layer.slot for layer in layers}
+        self._kinds = {layer.name: (layer.pattern, likeness(layer.slot)) for layer in layers}
+        self._fake, self.training = True, False
+        try:
+            self.calls = self._observe(describe(*inputs))
+        except LTDError:
+            self._fake = False
+            self.calls = self._observe(inputs)
+        self._see_training()
+        self.first_calls = by_name(self.calls)
+        self._samples = self._pick(layers)
+        self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
+        self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
+
+    def _observe(self, inputs: Any) -> list[Call]:
+        return observe(
+            self._model,
+            self._slots,
+            inputs,
+            sandbox=self._sandbox,
+            training=self.training,
+            fake=self._fake,
+            kinds=self._kinds,
+        )
+
+    def _see_training(self) -> None:
+        """Look at the calls of training mode from here on, where they are others than those of eval mode."""
+        self.training = True
+        try:
+            calls = self._observe(describe(*self._inputs) if self._fake else self._inputs)
+        except LTDError:  # for want of targets, or because it throws dice
+            calls = self.calls
+        before, now = by_name(self.calls), by_name(calls)
+        other = [name for name in before.keys() & now if structure(before[name]) != structure(now[name])]
+        skipped = before.keys() - now
+        if other and skipped:
+            raise LTDError(
+                f"ltd_fx: in training {min(other)} is called with other arguments than in eval mode, and "
+                f"{min(skipped)} may be skipped, so neither mode shows how all layers are called; leave them out with "
+                "transform(..., layers=...)"
+            )
+        self.training = bool(other) or (now.keys() > before.keys())
+        if self.training:
+            self.calls = calls
+
+    def rehearse(self, sites: list[Site]) -> None:
+        """See that the model runs with its layers routed.
+
+        Raises:
+            LTDError: it does not, but does with them dense.
+
+        """
+        rehearse(self._model, sites, self._inputs, sandbox=self._sandbox, fake=self._fake)
+
+    def _pick(self, layers: list[Layer]) -> dict[str, str]:
+        """For each called layer the one whose proof is its own: of layers alike and called alike, the first two."""
+        picked: dict[Any, list[str]] = {}
+        samples = {}
+        for layer in layers:
+            if layer.name in self.first_calls:
+                call = self.first_calls[layer.name]
+                same = picked.setdefault((self._kinds[layer.name], shapes(call.args, call.kwargs)), [])
+                if len(same) < 2:
+                    same.append(layer.name)
+                samples[layer.name] = same[-1]
+        return samples
+
+    def _forward(self, inputs: Any) -> Mapping[str, Call]:
+        return by_name(self._observe(inputs))
+
+    def _probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
+        if seq_dim not in self._probed:
+            inputs = describe(*self._inputs) if self._fake else self._inputs
+            lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
+            batches = batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
+            self._probed[seq_dim] = lengths, batches
+        return self._probed[seq_dim]
+
+    def _has_table(self, layer: Layer, seq_dim: int) -> bool:
+        """Whether the layer has a buffer that could be sliced to its length."""
+        hidden = stream(self.first_calls[layer.name])
+        assert hidden is not None
+        return any(hidden.shape[seq_dim] <= max(b.shape, default=0) for b in layer.slot.buffers())
+
+    def _call(self, layer: Layer, seq_dim: int, tokens: int | None) -> Call:
+        """How the layer is called, in values: on so many tokens, or on as many as there are."""
+        key = seq_dim, tokens
+        if key not in self._values:
+            self._values[key] = self._observe_values(*key)
+        return self._values[key][layer.name]
+
+    def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
+        lengths, batches = self._probes(seq_dim)
+        small = self._inputs
+        most_tokens = [(p, tokens) for p in lengths if tokens is not None]
+        for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
+            small = probe.edit.resize(small, min(probe.edit.size, most))
+        slots = {name: self._slots[name] for name in self._samples.values()}
+        run = partial(observe_values, self._model, slots, sandbox=self._sandbox, training=self.training)
+        try:
+            return run(small)
+        except LTDError:
+            return run(self._inputs)
+
+    def examine(self, layer: Layer, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
+        """The layer's pattern, inferred where none is known, and its proof.
+
+        Raises:
+            LTDError: the layer was never called, or nothing about it can be inferred.
+
+        """
+        if layer.name not in self.first_calls:
+            raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
+        best: tuple[LayerPattern, Proof] | None = None
+        failure = ""
+        for pattern in self._hypotheses(layer):
+            seq_dim = int(pattern.batch_first)
+            how = partial(prove, layer.name, layer.slot, type(layer.module), pattern)
+            how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
+            try:
+                proof = how(self._call(layer, seq_dim, _TOKENS))
+                if proof.status == "verified" and (proof.counts or self._has_table(layer, seq_dim)):
+                    # a window or a table may only show at full length
+                    proof = how(self._call(layer, seq_dim, None))
+            except LTDError as error:
+                failure = failure or str(error)
+                continue
+            if proof.status == "verified":
+                return pattern, proof
+            # of several failures, one of ours tells the remedy
+            if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
+                best = pattern, proof
+        if best is None:
+            raise LTDError(failure)
+        return best
+
+    def accept_all(self, layers: list[Layer], *, shared: bool, protected: int) -> list[tuple[Layer, Proof]]:
+        """As :meth:`accept`; layers that are alike and called alike are proven by two of them."""
+        accepted: dict[str, tuple[Layer, Proof]] = {}
+        for layer in layers:
+            sample = self._samples.get(layer.name, layer.name)
+            if sample == layer.name:
+                accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
+            else:
+                like, proof = accepted[sample]
+                accepted[layer.name] = replace(layer, pattern=like.pattern), replace(proof, name=layer.name)
+        return list(accepted.values())
+
+    def accept(self, layer: Layer, *, shared: bool, protected: int) -> tuple[Layer, Proof]:
+        """As :meth:`examine`, but a layer that may not be routed is refused.
+
+        Raises:
+            LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
+
+        """
+        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        if proof.status == "wrong" or (proof.status != "verified" and layer.pattern is None):
+            what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
+            if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "verified":
+                raise LTDError(
+                    f"{what} where each sequence keeps tokens of its own: it shares a table among all sequences; pass "
+                    "sampling='shared'"
+                )
+            size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
+            raise LTDError(
+                f"{what}, {proof.status}: {proof.reason}{size}; leave it out with transform(..., layers=...), or "
+                "register a LayerPattern for its class"
+            )
+        return replace(layer, pattern=pattern), proof
+
+    def _hypotheses(self, layer: Layer) -> Iterator[LayerPattern]:
+        """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""
+        seen: list[LayerPattern] = []
+        if layer.pattern is not None:
+            yield layer.pattern
+            if is_registered(layer.module):
+                return
+            seen.append(layer.pattern)
+        failure = ""
+        for seq_dim in (1, 0):
+            lengths, batches = self._probes(seq_dim)
+            ways: list[Probe | None] = [*batches] or [None]
+            for batch in ways:
+                for near in (False,) if lengths else (False, True):
+                    call = self.first_calls[layer.name]
+                    try:
+                        pattern = infer_pattern(
+                            layer.name, type(layer.module), call, lengths, batch, seq_dim, near=near
+                        )
+                    except LTDError as error:
+                        failure = failure or str(error)
+                        continue
+                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(layer.module))):
+                        if hypothesis not in seen:
+                            seen.append(hypothesis)
+                            yield hypothesis
+        # the usual layout could not even be inferred: that is what to tell, not what became of the other one
+        if failure and not any(pattern.batch_first for pattern in seen):
+            raise LTDError(failure)

@@ -1,0 +1,274 @@
+"""Prove a routed layer: it must equal the dense layer with attention to the dropped tokens blocked.
+
+Proofs are about how a layer is routed, not about its weights. They run on a copy with random weights and hidden states
+of ordinary size, since a freshly initialised layer (attention logits near zero, gates at zero) would agree with
+anything; in float64, so that what differs, differs by far more than rounding.
+"""
+
+import copy
+import math
+from collections import OrderedDict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.learn.call_site import Proof
+from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
+from ltd_fx.learn.observe import Call, is_stream
+from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.prove.reference import DefaultDtype, NotVerifiableError, Scores, dense_reference, run_plain
+from ltd_fx.runtime.records import Site
+from ltd_fx.runtime.state import RouteState
+from ltd_fx.torch_private import hooks_of
+from ltd_fx.tree import items_of, leaves, map_tensors
+
+# Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
+_POOL = 65537
+# Of fewer tokens than this, in all sequences, one draw may agree by chance.
+_FEW = 256
+
+
+def prove(
+    name: str,
+    slot: nn.Module,
+    layer_class: type[nn.Module],
+    pattern: LayerPattern,
+    call: Call | None,
+    *,
+    sandbox: Sandbox,
+    shared: bool = False,
+    protected: int = 0,
+    atol: float = 1e-4,
+) -> Proof:
+    """Compare a routed layer with its dense reference, on half of the tokens.
+
+    Args:
+        name: the layer's.
+        slot: the layer, routed or not, or the checkpoint wrapper around it. It is copied and stays as it is.
+        layer_class: whose ``forward`` tells the arguments.
+        pattern: how it is routed.
+        call: the arguments it is called with, as values; ``None`` if it is not called.
+        sandbox: of the model.
+        shared: one draw for the batch.
+        protected: so many first tokens are always kept.
+        atol: the largest error relative to the reference's largest value.
+
+    Raises:
+        LTDError: there are fewer than four tokens.
+
+    """
+    layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else layer_class
+    if call is None:
+        return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
+    few = all(t.numel() // t.shape[-1] < _FEW for t in leaves((call.args, call.kwargs)) if is_stream(t) and t.numel())
+    reason = ""
+    for dtype in (torch.float64, torch.float32):  # some kernels know no float64
+        try:
+            layer = _random_copy(slot, dtype)
+            how = (layer_class, pattern, call, dtype, atol, shared, protected)
+            with sandbox.open(layer):
+                results = [_compare(layer, *how, draw) for draw in ((1, 2) if few else (1,))]
+        except NotVerifiableError as failure:
+            return Proof(name, layer_class.__name__, "not verifiable", None, str(failure))
+        except LTDError:
+            raise
+        except _WrongError as failure:
+            return Proof(name, layer_class.__name__, "wrong", failure.size, str(failure))
+        except Exception as failure:
+            reason = f"the dense layer fails: {type(failure).__name__}: {failure}"
+            continue
+        error = max(result.error for result in results)
+        if not any(result.attends for result in results):
+            along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
+            status, reason = "not verifiable", f"no token attends to another along {along}; is that the sequence?"
+            if pattern.dropped:
+                status, reason = (
+                    "wrong",
+                    "the hidden states it returns depend on no other token, and others are dropped",
+                )
+            return Proof(name, layer_class.__name__, status, error, reason)
+        counts = any(result.counts for result in results)
+        return Proof(name, layer_class.__name__, "verified", error, counts=counts)
+    return Proof(name, layer_class.__name__, "not verifiable", None, reason)
+
+
+class _WrongError(Exception):
+    def __init__(self, reason: str, size: float | None = None) -> None:
+        super().__init__(reason)
+        self.size = size
+
+
+class _Comparison(NamedTuple):
+    """One draw: the relative error; whether the dense layer lets a kept token attend to a dropped one; and whether it
+    makes tensors as long as the sequence by itself.
+    """
+
+    error: float
+    attends: bool
+    counts: bool
+
+
+def _compare(
+    layer: nn.Module,
+    layer_class: type[nn.Module],
+    pattern: LayerPattern,
+    call: Call,
+    dtype: torch.dtype,
+    atol: float,
+    shared: bool,
+    protected: int,
+    draw: int,
+) -> _Comparison:
+    """Dense and routed, with one draw.
+
+    Raises:
+        NotVerifiableError: there is nothing to compare with.
+        _WrongError: the routed layer differs, or fails.
+
+    """
+    signature = forward_signature(layer_class)
+    given: Any = signature.bind(*call.args, **call.kwargs).arguments.get(pattern.hidden)
+    if not is_stream(given):
+        raise _WrongError(f"{pattern.hidden!r} is not a 3-D floating-point tensor")
+    shape = given.shape if pattern.batch_first else (given.shape[1], given.shape[0], given.shape[2])
+    indices = _draw(shape[0], shape[1], shared, protected, draw).to(given.device)
+    kept = torch.zeros(shape[:2], dtype=torch.bool, device=given.device)
+    kept = kept.scatter(1, indices.expand(shape[0], -1), True)
+    generator = torch.Generator().manual_seed(draw)
+    hidden, stranger = (_noise(shape, dtype, generator).to(given.device) for _ in range(2))
+
+    def run(hidden: Tensor) -> list[Tensor]:
+        bound = signature.bind(*call.args, **call.kwargs)
+        bound.arguments[pattern.hidden] = hidden if pattern.batch_first else hidden.transpose(0, 1)
+        if pattern.cache in bound.arguments:
+            bound.arguments[pattern.cache] = None
+        bound.arguments.update(map_tensors(partial(_cast, dtype), dict(bound.arguments)))
+        with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False), DefaultDtype(dtype):
+            return _outputs(layer(*bound.args, **bound.kwargs), pattern)
+
+    reference, other, blind, unblocked, counted = dense_reference(run, hidden, kept)
+    seen = kept & ~blind
+    if not reference[0][seen].isfinite().all():
+        raise NotVerifiableError(f"its outputs are not finite in {dtype}")
+    if _difference(other[:1], reference[:1], seen) > atol:
+        raise NotVerifiableError(
+            "kept tokens see dropped ones by other ways than softmax attention (a convolution, a state, a fused or "
+            "linear attention)"
+        )
+    if _difference([hidden, *other[1:]], [hidden, *reference[1:]], seen) > atol:
+        raise _WrongError(
+            "a further output changes with the dropped tokens: correct `output`, or list it in `dropped` (in "
+            "`returned`, if it is an argument handed on)"
+        )
+    if shape[0] > 1:
+        stranger[1:] = hidden[1:]
+        if _difference([run_plain(run, stranger)[0][1:]], [unblocked[0][1:]], seen[1:]) > atol:
+            raise _WrongError("sequences see each other: both dimensions of its hidden states carry tokens")
+    swap_class(layer, routed_class(type(layer), layer_class, pattern), _site(layer, indices, protected))
+    try:
+        with Scores([]):
+            routed = run_plain(run, hidden)
+    except LTDError as error:
+        raise _WrongError(str(error).removeprefix("ltd_fx: ")) from error
+    except Exception as error:
+        raise _WrongError(f"on fewer tokens it fails: {type(error).__name__}: {error}") from error
+    finally:
+        swap_back(layer)
+    if [t.shape for t in routed] != [t.shape for t in reference]:
+        raise _WrongError("its outputs have other shapes than the dense layer's")
+    if not torch.equal(routed[0][~kept], hidden[~kept]):
+        raise _WrongError("dropped tokens do not pass unchanged")
+    size = _difference(routed, reference, seen)
+    if 4 * seen.sum() < kept.sum():
+        raise NotVerifiableError("too few tokens can attend to others")
+    if size > atol:
+        raise _WrongError("kept tokens differ from the dense layer's", size)
+    attends = _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps
+    return _Comparison(size, attends, counted)
+
+
+def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _draw(batch: int, seq_len: int, shared: bool, protected: int, seed: int) -> Tensor:
+    """``[B | 1, k]``: half of the tokens at first, then a third, but at least two and never all."""
+    keep = max(seq_len // (1 + seed), 2, protected + 1)
+    if keep >= seq_len or seq_len < 4:
+        raise LTDError(
+            f"ltd_fx: hidden states of {seq_len} tokens ({protected} of them protected) are too short to prove how a "
+            "layer is routed; give longer example inputs (or is `batch_first` wrong?)"
+        )
+    order = torch.rand(1 if shared else batch, seq_len, generator=torch.Generator().manual_seed(seed), device="cpu")
+    order[:, :protected] = -1
+    return order.argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
+def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
+    state = RouteState(None, seed=0, shared=indices.shape[0] == 1, routed=1, dense=0)
+    state.protected = protected
+    site = Site("the layer", 0, layer, state)
+    site.fixed = indices
+    return site
+
+
+def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
+    # without its hooks, which may hold all of the user's program
+    layer = copy.deepcopy(slot, {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)})
+    if isinstance(layer, RoutedLayer):
+        swap_back(layer)
+    layer = layer.to(dtype).eval()
+    pool = _noise((_POOL,), dtype, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = (
+                _fill(torch.empty(parameter.numel(), dtype=dtype, device="cpu"), pool)
+                .view(parameter.shape)
+                .to(parameter.device)
+            )
+            if parameter.ndim < 2:
+                parameter.add_(noise, alpha=0.3)
+            else:
+                parameter.copy_(noise.mul_(1.5 / math.sqrt(max(parameter.shape[-2:]))))
+    return layer
+
+
+def _noise(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")  # whatever the default device
+
+
+def _fill(flat: Tensor, pool: Tensor) -> Tensor:
+    whole = flat.numel() // _POOL * _POOL
+    flat[:whole].view(-1, _POOL)[:] = pool
+    flat[whole:] = pool[: flat.numel() - whole]
+    return flat
+
+
+def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
+    """The hidden states ``[B, S, D]`` of a layer's output, then its further tensors."""
+    items = items_of(output) or [output]
+    slot = 0 if isinstance(output, Tensor) or pattern.output is None else pattern.output
+    if slot >= len(items) or not isinstance(items[slot], Tensor):
+        raise _WrongError(f"its LayerPattern says output={pattern.output}, but it returned a {type(output).__name__}")
+    hidden = items[slot]
+    others = (leaf for i, item in enumerate(items) if i != slot and i not in pattern.dropped for leaf in leaves(item))
+    rest = [t for t in others if isinstance(t, Tensor) and t.is_floating_point()]
+    return [hidden if pattern.batch_first else hidden.transpose(0, 1), *rest]
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor], rows: Tensor) -> float:
+    """The largest difference relative to the largest value, over ``rows`` of the hidden states and all else."""
+    worst = 0.0
+    pairs = [(ours[0][rows], theirs[0][rows]), *zip(ours[1:], theirs[1:], strict=True)]
+    for a, b in pairs:
+        if a.numel() == 0:
+            continue
+        scale = b.detach().abs().max().item() or 1.0
+        worst = max(worst, ((a - b).detach().abs().max() / scale).nan_to_num(math.inf).item())
+    return worst

@@ -1,0 +1,157 @@
+"""Which tokens one routed layer keeps in one forward: the first step of every rewritten call site."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ltd_fx.errors import LTDError
+from ltd_fx.runtime.records import Draw, Site
+from ltd_fx.runtime.state import RouteState, record
+from ltd_fx.torch_private import at_compile_time, constant_local_maybe, is_exporting
+
+
+def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
+    """(B, S) of the hidden states.
+
+    Raises:
+        LTDError: they are not a 3-D floating-point tensor, or they are a DTensor.
+
+    """
+    if type(hidden).__name__ == "DTensor":  # by name: its module takes as long to import as the whole of ltd_fx
+        raise LTDError(
+            f"ltd_fx: {site.name}: the hidden states are a DTensor, placed {hidden.placements}; route plain ones: "
+            "gather before the layer (PrepareModuleInput, desired_input_layouts=Replicate(), use_local_output=True), "
+            "and have sequence parallelism inside it only"
+        )
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
+        got = f"{hidden.dtype} of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise LTDError(
+            f"ltd_fx: {site.name}: hidden states must be a 3-D floating-point tensor, got {got}; leave this layer out "
+            "with transform(..., layers=...), or name the right argument in its LayerPattern"
+        )
+    return (hidden.shape[0], hidden.shape[1]) if batch_first else (hidden.shape[1], hidden.shape[0])
+
+
+def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None) -> Draw | None:
+    """The site's draw for ``hidden``, or ``None`` where the layer runs dense: in eval, or at full reserved length.
+
+    Raises:
+        LTDError: ``hidden`` is not a plain 3-D floating-point tensor; ``torch.export`` or ``torch.jit.trace`` in
+            training mode, ``torch.fx.symbolic_trace`` in any; a key-value cache with tokens in training mode.
+
+    """
+    state = site.state
+    if isinstance(hidden, fx.Proxy):
+        _refuse_tracing(site)
+    if site.fixed is not None:
+        return Draw(site, site.fixed, *hidden_shape(site, hidden, batch_first), state.protected)
+    if not site.layer.training:
+        return None
+    if site.in_graph:
+        site.begin_call()
+    batch, seq_len = hidden_shape(site, hidden, batch_first)
+    if state.scheduler is not None and not state.scheduler.relative and seq_len > state.scheduler.max_length:
+        _warn_never_dense(state, seq_len, state.scheduler.max_length)
+    _refuse_generation(site, cache, seq_len)
+    keep = site.length.tokens(seq_len)
+    if keep >= seq_len:
+        record(site._set_drawn, batch, seq_len, seq_len)
+        return None
+    record(site._set_drawn, batch, seq_len, keep)
+    if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise LTDError(
+            f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
+            "program; call model.eval() before torch.export or torch.jit.trace"
+        )
+    indices = _indices(site, hidden, batch, seq_len, keep)
+    # under torch.compile equal gathers are one anyway
+    gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
+    return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
+
+
+def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
+    """A cache of tokens from before this forward, an object of transformers or a tuple of keys and values."""
+    if cache is None:
+        return
+    if isinstance(cache, (tuple, list)):
+        before = any(isinstance(value, Tensor) for value in cache)
+    else:  # a dense first layer has put this forward's tokens there already
+        before = hasattr(cache, "get_seq_length") and cache.get_seq_length() > seq_len
+    if before:
+        site.state.refuse_cache(site.name)
+
+
+def _refuse_tracing(site: Site) -> None:
+    raise LTDError(
+        f"ltd_fx: {site.name}: torch.fx.symbolic_trace cannot record which tokens a layer keeps; trace the model "
+        "first, then give the fx.GraphModule to ltd_fx.transform"
+    )
+
+
+def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
+    state = site.state
+    if keep < state.protected:
+        raise LTDError(
+            f"ltd_fx: {site.name}: a reserved length of {keep} cannot hold the {state.protected} protected tokens; "
+            "raise the scheduler's min_length, or lower protect"
+        )
+    rows = 1 if state.shared else batch
+    # The zero-width view carries no data, only the device and whether vmap maps over the samples.
+    like = hidden.detach()[..., :0] if not state.shared else state.key
+    rank = rank_tokens(state, state.mask, hidden.device, batch, seq_len)
+    key, number = state.key.to(hidden.device), site.number.to(hidden.device)
+    indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, like, rows, seq_len, keep, rank)
+    return indices
+
+
+def rank_tokens(
+    state: RouteState, mask: Tensor | None, device: torch.device, batch: int, seq_len: int
+) -> Tensor | None:
+    """``[B | 1, S]`` int64: -1 for tokens that are kept first (protected), 1 for those dropped first (padding), else 0.
+
+    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; with another S it is of another stack.
+
+    Raises:
+        LTDError: the mask is of another batch size, or ``protect`` returns no mask of its positions.
+
+    """
+    protect = state.protect
+    if protect is None:
+        return None
+    if isinstance(protect, str):
+        if mask is None or mask.shape[1] != seq_len:
+            return None
+        if mask.shape[0] != batch:
+            raise LTDError(
+                f"ltd_fx: protect={protect!r} names a mask of {mask.shape[0]} sequences, but hidden states have "
+                f"{batch}; give the model a mask with a row for each, or transform it with protect=None"
+            )
+        padding = mask.to(device) == 0
+        # one draw for the batch drops first what is padding in every sequence
+        return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
+    positions = torch.arange(seq_len, device=device)
+    first = positions < protect if isinstance(protect, int) else protect(positions)
+    if not isinstance(first, Tensor) or first.shape != positions.shape or first.dtype != torch.bool:
+        raise LTDError(f"ltd_fx.transform: protect must return a bool tensor like its positions [S], got {first!r}")
+    return -first.to(torch.int64)[None]
+
+
+def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:
+    if torch.compiler.is_compiling():  # where neither warnings nor flags can be traced: warn while compiling, once
+        at_compile_time(_warn_while_compiling)
+    elif not state.warned:
+        state.warned = True
+        warnings.warn(_NEVER_DENSE.format(seq_len, max_length), stacklevel=2)
+
+
+_NEVER_DENSE = (
+    "ltd_fx: sequences of {} tokens are longer than the scheduler's max_length={}: the layers would stay routed after "
+    "the schedule's end. Set max_length to the sequence length."
+)
+
+
+def _warn_while_compiling(context: Any) -> None:
+    seq_len, max_length = (constant_local_maybe(context, name) for name in ("seq_len", "max_length"))
+    warnings.warn(_NEVER_DENSE.format("more" if seq_len is None else seq_len, max_length), stacklevel=2)

@@ -1,0 +1,175 @@
+"""The records of a forward: a routed layer, what it draws, and what the layers of a route hand on."""
+
+import weakref
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.runtime.state import RouteState, record
+from ltd_fx.schedule.length import ReservedLength
+from ltd_fx.torch_private import in_backward
+
+# Between the numbers of a layer's calls in one forward; no model has as many layers.
+_CALL = 1 << 16
+
+
+class Length(Protocol):
+    """How many tokens a layer keeps of sequences of ``seq_len``; all of them where that is no fewer."""
+
+    def tokens(self, seq_len: int) -> int: ...
+
+
+class Drawn(NamedTuple):
+    """What the draw of one call depends on: enough to draw again (see ``replay``). ``keep`` is S where it ran dense.
+
+    ``mask`` is the batch's, where ``protect`` names it.
+    """
+
+    key: Tensor
+    batch: int
+    seq_len: int
+    keep: int
+    mask: Tensor | None
+
+
+class Span:
+    """What the layers of one route hand on during a forward; kept by their sites."""
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the forward."""
+        self.open = False
+        self.draw: Draw | None = None
+        self.hidden: Tensor | None = None  # of the kept tokens, as the layer before returned them
+        self.version = 0
+
+    def hold(self, hidden: Tensor) -> None:
+        """Remember what the next layer must be given."""
+        self.hidden, self.version = hidden, version(hidden)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and ``torch.save(model)``: no forward is in progress there."""
+        return vars(Span())
+
+
+def version(value: Tensor) -> int:
+    """How many times it was written into, where that is known."""
+    return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version
+
+
+class Site:
+    """One routed layer: its name and number, and the state it shares with the model's other sites.
+
+    Kept in the layer's ``__dict__``, outside modules and buffers, so names and ``state_dict`` keys stay as they were.
+    With ``in_graph``, it is an attribute of an ``fx.GraphModule`` instead, whose graph calls ``layer``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        layer: nn.Module,
+        state: RouteState,
+        length: ReservedLength | None = None,
+        span: Span | None = None,
+        in_graph: bool = False,
+    ) -> None:
+        self.name = name
+        # tensors, not ints: as data, they let identical layers compiled one by one share a graph
+        self._first = torch.tensor(number, device=state.device)
+        self.number = self._first  # of the call in progress
+        self._layer = weakref.ref(layer)  # which holds its site: a cycle would keep the weights until it is collected
+        self.state = state
+        self.length: Length = state.lengths[None] if length is None else length
+        self.span = span  # on a route over several layers
+        self.in_graph = in_graph
+        self.fixed: Tensor | None = None  # while verifying: the indices to keep
+        # of this forward: the calls before the latest, and the latest
+        self._earlier: tuple[Drawn, ...] = ()
+        self._latest: Drawn | None = None
+        state.sites.append(self)
+
+    @property
+    def layer(self) -> nn.Module:
+        layer = self._layer()
+        assert layer is not None
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and ``torch.save(model)``: they have seen no forward."""
+        return {**self.__dict__, "_layer": self.layer, "_earlier": (), "_latest": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
+
+    @property
+    def drawn(self) -> tuple[Drawn, ...]:
+        """The draws of the most recent forward, a call each."""
+        return self._earlier if self._latest is None else (*self._earlier, self._latest)
+
+    def begin_forward(self) -> None:
+        """Forget the forward before."""
+        self._earlier, self._latest, self.number = (), None, self._first
+
+    def begin_call(self) -> None:
+        """Called by the routed layer in training, before its forward.
+
+        Raises:
+            LTDError: a recompute would draw other tokens; nobody gave the mask that the draw needs.
+
+        """
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                self.state.guard_recompute(True)
+                if self._earlier:
+                    raise LTDError(
+                        f"ltd_fx: activation checkpointing recomputes {self.name}, which the forward called "
+                        f"{len(self.drawn)} times: nothing tells which of its draws to repeat. Checkpoint inside the "
+                        "layer (transformers' gradient_checkpointing_enable() does)"
+                    )
+                return
+            record(self._count_call)
+            self.state.guard_recompute(False)
+        else:
+            record(self._count_call)
+
+    def _count_call(self) -> None:
+        if not self.state.root:
+            self.begin_forward()
+        elif not self.state.under_way:
+            self.state.begin_alone(self.name)
+            self.begin_forward()
+        elif self._latest is not None:
+            self._earlier, self._latest = self.drawn, None
+        self.number = self.number_of(len(self._earlier))
+
+    def number_of(self, call: int) -> Tensor:
+        """``[]`` int64: which draw the layer's ``call``-th call in a forward takes."""
+        return self._first + call * _CALL if call else self._first
+
+    def _set_drawn(self, batch: int, seq_len: int, keep: int) -> None:
+        self._latest = Drawn(self.state.key, batch, seq_len, keep, self.state.mask)
+
+    def move(self, device: torch.device) -> None:
+        self._first = self.number = self._first.to(device)
+
+
+class Draw(NamedTuple):
+    """The tokens that a site keeps in this forward.
+
+    ``indices`` is ``[B, k]`` int64, ascending in each row, or ``[1, k]`` where one draw serves the batch. The first
+    ``protected`` tokens are among them in every row. On a route over several layers, ``rest`` is the stream of dropped
+    tokens, and ``gathered`` the arguments gathered so far, by name, with what they were gathered from.
+    """
+
+    site: Site
+    indices: Tensor
+    batch: int
+    seq_len: int
+    protected: int = 0
+    rest: Tensor | None = None
+    gathered: dict[str, tuple[Any, Any]] | None = None
