@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx.errors import LTDError
-from ltd_fx.install.choose import Route, plan
-from ltd_fx.install.install import attach, find_rewrite, find_rewrite_maybe, install, known, uninstall
+from ltd_fx.install.choose import RouteSpec, choose
+from ltd_fx.install.install import attach, find_rewrite, find_rewrite_maybe, install, uninstall
 from ltd_fx.install.report import RewriteReport, VerifyReport
 from ltd_fx.learn.find import Layers, find_stacks
 from ltd_fx.learn.observe import observe_values, split_inputs
@@ -37,7 +37,7 @@ def transform(
     seed: int = 0,
     sampling: str = "per_sample",
     protect: Protect = None,
-    routes: Sequence[Route] | None = None,
+    routes: Sequence[RouteSpec] | None = None,
     keep: Mapping[str, float] | None = None,
     device_mesh: DeviceMesh | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
@@ -100,13 +100,14 @@ def transform(
     if scheduler is not None and scheduler.attached:
         raise LTDError("ltd_fx.transform: the scheduler drives another model; give each model a scheduler of its own")
 
-    routed, entries = plan(find_stacks(model, layers), skip_first, skip_last, routes, keep)
+    chosen = choose(model, find_stacks(model, layers), skip_first, skip_last, routes, keep)
+    routed = [layer for layer in chosen if layer.routed]
     state = RouteState(
         scheduler,
         seed=seed,
         shared=sampling == "shared",
         routed=len(routed),
-        dense=len(entries) - len(routed),
+        dense=len(chosen) - len(routed),
         shares=Counter(layer.share for layer in routed if layer.share is not None),
         mesh=device_mesh,
     )
@@ -114,7 +115,7 @@ def transform(
     if device_mesh is not None:
         state.check_ranks()
     lowering.register_inductor_decompositions()
-    attach(model, routed, entries, state, example_inputs)
+    attach(model, chosen, state, example_inputs)
     return model
 
 
@@ -145,7 +146,7 @@ def compile_layers(model: Model, **options: Any) -> Model:
     if found is None:
         names = [layer.name for stack in find_stacks(model, None) for layer in stack]
     else:
-        names = [entry.name for entry in found[1].entries]
+        names = [layer.name for layer in found[1].layers]
     for name in names:
         root.get_submodule(name).compile(**options)
     return model
@@ -219,21 +220,20 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
     inputs = split_inputs(example_inputs)
     if rewrite.pending:
         install(root, rewrite, inputs)
-    sandbox, slots = Sandbox(root), {layer.name: layer.slot for layer in rewrite.layers}
+    sandbox, slots = Sandbox(root), {site.name: site.layer for site in rewrite.sites}
     calls = observe_values(root, slots, inputs, sandbox=sandbox, training=rewrite.training)
     proofs = [
         prove(
             layer.name,
-            layer.slot,
-            type(layer.module),
-            known(layer),
+            slots[layer.name],
+            layer.known_pattern,
             calls.get(layer.name),
             sandbox=sandbox,
             shared=rewrite.state.shared,
             protected=rewrite.state.protected,
             atol=atol,
         )
-        for layer in rewrite.layers
+        for layer in rewrite.routed
     ]
     return VerifyReport(proofs)
 

@@ -220,12 +220,12 @@ def test_mistakes_show_whatever_the_weights(weights: dict[str, float], mistake: 
 def test_a_proof_leaves_the_layer_as_it_is() -> None:
     layer, inputs = Custom().train(), custom_inputs()
     before, random = {k: v.clone() for k, v in layer.state_dict().items()}, torch.get_rng_state()
-    proof = prove("it", layer, Custom, CUSTOM, Call("it", (), inputs, None), sandbox=Sandbox(layer))
+    proof = prove("it", layer, CUSTOM, Call("it", (), inputs, None), sandbox=Sandbox(layer))
     assert (proof.name, proof.layer_class, proof.status) == ("it", "Custom", "verified")
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert layer.training
-    assert prove("it", layer, Custom, CUSTOM, None, sandbox=Sandbox(layer)).reason == "it is never called"
+    assert prove("it", layer, CUSTOM, None, sandbox=Sandbox(layer)).reason == "it is never called"
     few = {**inputs, **{name: inputs[name][:, :3] for name in ("x", "scale")}, "table": inputs["table"][:3]}
     with pytest.raises(LTDError, match=r"3 tokens.*longer example inputs"):
-        prove("it", layer, Custom, CUSTOM, Call("it", (), few, None), sandbox=Sandbox(layer))
+        prove("it", layer, CUSTOM, Call("it", (), few, None), sandbox=Sandbox(layer))

@@ -4,12 +4,14 @@ fx copies a ``GraphModule`` without its hooks, and pickles it as code to be trac
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from ltd_fx.install.hooks import REWRITE, add_forward_hooks
-from ltd_fx.learn.find import Layer
+from ltd_fx.learn.call_site import CallSite
+from ltd_fx.learn.find import layer_in
 from ltd_fx.learn.layer_pattern import forward_signature
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.passes.routed_layer import SCRIPTING, SITE, refuse_replicas, refuse_scripting
@@ -17,16 +19,13 @@ from ltd_fx.runtime.records import Site
 from ltd_fx.torch_private import REPLICATE
 
 
-def targets_of(layers: list[Layer]) -> dict[str, Target]:
+def targets_of(layers: Sequence[CallSite], slots: Mapping[str, nn.Module]) -> dict[str, Target]:
     """What the passes are told of the routed layers, by name: the i-th one's site is the graph's attribute ``i``."""
     targets = {}
     for i, layer in enumerate(layers):
-        assert layer.pattern is not None
-        signature = forward_signature(type(layer.module))
-        site = f"{SITE}_{i}"
-        targets[layer.name] = Target(
-            layer.name, site, signature, layer.pattern, layer.route, layer.enters, layer.leaves
-        )
+        signature = forward_signature(type(layer_in(slots[layer.name])))
+        routed = layer.known_pattern, layer.route, layer.enters, layer.leaves
+        targets[layer.name] = Target(layer.name, f"{SITE}_{i}", signature, *routed)
     return targets
 
 
@@ -93,7 +92,8 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(plain: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
-    rewritten.original = route_graph(plain, targets_of(rewritten.layers), rewritten.sites)
+    slots = {site.name: site.layer for site in rewritten.sites}
+    rewritten.original = route_graph(plain, targets_of(rewritten.routed, slots), rewritten.sites)
     rewritten.graph = plain.graph
     return _followed(plain, rewritten)
 

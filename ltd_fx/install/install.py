@@ -1,6 +1,7 @@
 """Rewrite a model in place, and back: what to route, where the pieces are kept, how they are taken out again."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +23,7 @@ from ltd_fx.install.hooks import (
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
 from ltd_fx.learn.call_site import CallSite
-from ltd_fx.learn.find import Layer
-from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.learn.find import layer_in
 from ltd_fx.learn.observe import split_inputs
 from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.passes.capture import call_graph, forget_objects
@@ -40,9 +40,8 @@ class Rewrite:
     """What was done to a model; kept in its ``__dict__``, outside modules and buffers."""
 
     state: RouteState
-    layers: list[Layer]  # the routed ones; with patterns, once installed
-    sites: list[Site]  # empty until installed
-    entries: list[CallSite]
+    layers: Sequence[CallSite]  # all target layers, dense ones too; with patterns, once installed
+    sites: list[Site] = field(default_factory=list)  # of the routed ones, in order; empty until installed
     hooks: tuple[RemovableHandle, ...] = ()
     # while patterns are to be inferred at the first training forward
     pending: tuple[RemovableHandle, ...] = ()
@@ -53,9 +52,13 @@ class Rewrite:
     original: fx.Graph | None = None  # of an fx.GraphModule
     copied: bool = False  # by copy.deepcopy: the scheduler drives the original still
 
+    @property
+    def routed(self) -> list[CallSite]:
+        return [layer for layer in self.layers if layer.routed]
+
     def report(self) -> RewriteReport:
         graphs = {site.name: getattr(site.layer, "_ltd_graph", self.graph) for site in self.sites}
-        return RewriteReport([replace(entry, graph=graphs.get(entry.name)) for entry in self.entries], self.graph)
+        return RewriteReport([replace(layer, graph=graphs.get(layer.name)) for layer in self.layers], self.graph)
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: the recorded graph holds fake tensors and is only for reading."""
@@ -68,16 +71,13 @@ class Rewrite:
         return other
 
 
-def attach(
-    model: nn.Module, layers: list[Layer], entries: list[CallSite], state: RouteState, example_inputs: Any
-) -> None:
+def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
     """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
     forward.
 
     Args:
         model: the root.
-        layers: those to route.
-        entries: for the report.
+        layers: all target layers, those to route marked as such.
         state: what the sites share.
         example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
 
@@ -85,21 +85,21 @@ def attach(
         LTDError: a layer cannot be routed; nothing is changed.
 
     """
-    unknown = next((layer for layer in layers if layer.pattern is None), None)
+    rewrite = Rewrite(state, layers)
+    unknown = next((layer for layer in rewrite.routed if layer.pattern is None), None)
     is_graph = isinstance(model, fx.GraphModule)
     if unknown is not None and example_inputs is None and is_graph:
         raise LTDError(
-            f"ltd_fx: {unknown.name} is a {type(unknown.module).__name__}, for which no LayerPattern is known; pass "
+            f"ltd_fx: {unknown.name} is a {unknown.layer_class}, for which no LayerPattern is known; pass "
             "example_inputs to learn it from, or call ltd_fx.register_pattern"
         )
-    rewrite = Rewrite(state, layers, [], entries)
-    state.root, state.entries = type(model).__name__, entries
+    state.root, state.layers = type(model).__name__, layers
     # that the layers of a route follow each other is only seen in a forward
-    chained = not is_graph and not all(layer.enters for layer in layers)
+    chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
     if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
     else:
-        refusing = (add_root_hook(layer.slot, refuse_unlearnt) for layer in layers)
+        refusing = (add_root_hook(model.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
         rewrite.pending = (add_root_hook(model, _complete), *refusing)
         model.__dict__[SCRIPTING] = refuse_scripting
     if chained:
@@ -133,8 +133,9 @@ def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     rewrite = root.__dict__[REWRITE]
     form = _form((args, kwargs))
     if form not in rewrite.forms:
-        calls = torch.compiler.disable(Examination)(root, rewrite.layers, (args, kwargs)).calls
-        rewrite_graph(call_graph(calls), targets_of(rewrite.layers))
+        slots = {site.name: site.layer for site in rewrite.sites}
+        calls = torch.compiler.disable(Examination)(root, rewrite.routed, slots, (args, kwargs)).calls
+        rewrite_graph(call_graph(calls), targets_of(rewrite.routed, slots))
         rewrite.forms.add(form)
 
 
@@ -157,15 +158,15 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         LTDError: a layer cannot be routed.
 
     """
-    state, layers, graph, proofs, examination = rewrite.state, rewrite.layers, None, {}, None
+    state, routed, graph, examination = rewrite.state, rewrite.routed, None, None
+    slots = {layer.name: model.get_submodule(layer.name) for layer in routed}
     if inputs is not None:
         rewrite.forms.add(_form(inputs))
-        examination = Examination(model, layers, inputs)
-        accepted = examination.accept_all(layers, shared=state.shared, protected=state.protected)
-        layers, proofs = [layer for layer, _ in accepted], {proof.name: proof for _, proof in accepted}
+        examination = Examination(model, routed, slots, inputs)
+        routed = examination.accept_all(routed, shared=state.shared, protected=state.protected)
         graph, rewrite.training = call_graph(examination.calls), examination.training
-    sites = make_sites(layers, state, in_graph=isinstance(model, fx.GraphModule))
-    targets = targets_of(layers)
+    sites = make_sites(routed, slots, state, in_graph=isinstance(model, fx.GraphModule))
+    targets = targets_of(routed, slots)
     if graph is not None:
         rewrite_graph(graph, targets, {site.name: site for site in sites})
         forget_objects(graph)
@@ -174,11 +175,11 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         graph = model.graph
     else:
         classes = [
-            routed_class(type(layer.slot), type(layer.module), known(layer), layer.enters, layer.leaves)
-            for layer in layers
+            routed_class(type(slot), type(layer_in(slot)), layer.known_pattern, layer.enters, layer.leaves)
+            for layer, slot in zip(routed, slots.values(), strict=True)
         ]
-        for site, routed in zip(sites, classes, strict=True):
-            swap_class(site.layer, routed, site)
+        for site, cls in zip(sites, classes, strict=True):
+            swap_class(site.layer, cls, site)
         if examination is not None:
             try:
                 examination.rehearse(sites)
@@ -190,11 +191,9 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     if not isinstance(model, fx.GraphModule):
         rewrite.places = Places(model, sites)
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
-    patterns = {layer.name: layer.pattern for layer in layers}
-    rewrite.layers, rewrite.sites, rewrite.graph = layers, sites, graph
-    rewrite.entries = [
-        replace(entry, pattern=patterns.get(entry.name), proof=proofs.get(entry.name)) for entry in rewrite.entries
-    ]
+    examined = {layer.name: layer for layer in routed}
+    rewrite.layers = [examined.get(layer.name, layer) for layer in rewrite.layers]
+    rewrite.sites, rewrite.graph = sites, graph
 
 
 def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
@@ -205,22 +204,19 @@ def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
     model.__dict__.pop(SCRIPTING, None)
 
 
-def make_sites(layers: list[Layer], state: RouteState, *, in_graph: bool) -> list[Site]:
-    """The sites of the layers, in order; those on one route share a draw, hence a number."""
+def make_sites(
+    layers: Sequence[CallSite], slots: Mapping[str, nn.Module], state: RouteState, *, in_graph: bool
+) -> list[Site]:
+    """The sites of routed layers, in order; those on one route share a draw, hence a number."""
     numbers = {layer.name: i for i, layer in enumerate(layers)}
     spans: dict[str, Span] = {}
     sites = []
     for layer in layers:
         first = layer.route or layer.name
         span = spans.setdefault(first, Span()) if not (layer.enters and layer.leaves) else None
-        sites.append(Site(layer.name, numbers[first], layer.slot, state, state.lengths[layer.share], span, in_graph))
+        slot, length = slots[layer.name], state.lengths[layer.share]
+        sites.append(Site(layer.name, numbers[first], slot, state, length, span, in_graph))
     return sites
-
-
-def known(layer: Layer) -> LayerPattern:
-    """The layer's pattern, which by now there is."""
-    assert layer.pattern is not None
-    return layer.pattern
 
 
 def uninstall(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The records of a target layer: how it is transformed, and what was found for it."""
+"""The record of a target layer, from finding it to reporting it, and that of its proof."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class CallSite:
-    """One layer of a stack, as transformed.
+    """One layer of a stack: found, then chosen to be routed or not, then examined, then reported.
 
     Attributes:
         name: fully qualified name.
@@ -47,19 +47,32 @@ class CallSite:
         graph: the rewritten graph that the layer runs; ``None`` of a dense layer.
         share: of the tokens, that it keeps where the schedule starts; ``None``: the scheduler's ``min_length``.
         route: name of the layer whose draw it uses, on a route over several layers; ``None``: its own.
+        leaves: whether dropped tokens return after it, rather than after a later layer of its route.
 
     """
 
     name: str
     layer_class: str
     stack: str
-    routed: bool
-    reason: str
+    routed: bool = False
+    reason: str = ""
     pattern: LayerPattern | None = None
     proof: Proof | None = None
     graph: fx.Graph | None = None
     share: float | None = None
     route: str | None = None
+    leaves: bool = True
+
+    @property
+    def enters(self) -> bool:
+        """Whether tokens leave at this layer, rather than at an earlier layer of its route."""
+        return self.route in (None, self.name)
+
+    @property
+    def known_pattern(self) -> LayerPattern:
+        """The pattern, where there is one: from the moment the layer is examined."""
+        assert self.pattern is not None
+        return self.pattern
 
     @property
     def aligned(self) -> dict[str, tuple[Any, ...] | str]:
@@ -72,7 +85,7 @@ class CallSite:
         if not self.routed:
             return "dense"
         share = "" if self.share is None else f" {self.share:.0%}"
-        return f"routed{share}" if self.route in (None, self.name) else f"as {self.route}"
+        return f"routed{share}" if self.enters else f"as {self.route}"
 
     def _why(self) -> str:
         if not self.routed:

@@ -3,60 +3,37 @@
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.layer_pattern import LayerPattern
+from ltd_fx.learn.call_site import CallSite
 from ltd_fx.learn.patterns import find_pattern_maybe, is_known
 from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A target layer: ``slot`` is the module in its place, which is the layer or the checkpoint wrapper around it.
-
-    Attributes:
-        pattern: ``None`` where it is not known yet.
-        share: of the tokens, that it keeps; ``None``: as many as the scheduler says.
-        route: name of the layer at which its tokens leave; ``None``: itself.
-        leaves: whether dropped tokens return after it.
-
-    """
-
-    name: str
-    slot: nn.Module
-    module: nn.Module
-    pattern: LayerPattern | None
-    share: float | None = None
-    route: str | None = None
-    leaves: bool = True
-
-    @property
-    def enters(self) -> bool:
-        """Whether tokens leave at this layer."""
-        return self.route in (None, self.name)
-
-
-def find_stacks(model: nn.Module, layers: Layers) -> list[list[Layer]]:
+def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
     """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``).
 
     Raises:
         LTDError: as :func:`find_layers`.
 
     """
-    modules = dict(model.named_modules())
-    stacks: dict[str, list[Layer]] = {}
-    for name in find_layers(model, layers):
-        slot = name.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
-        inner = f"{slot}.{CHECKPOINT_WRAPPED_MODULE}"
-        module = modules[inner if inner in modules else slot]
-        stack = slot.rpartition(".")[0]
-        stacks.setdefault(stack, []).append(Layer(slot, modules[slot], module, find_pattern_maybe(module)))
+    stacks: dict[str, list[CallSite]] = {}
+    for path in find_layers(model, layers):
+        name = path.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
+        layer, stack = layer_in(model.get_submodule(name)), name.rpartition(".")[0]
+        site = CallSite(name, type(layer).__name__, stack, pattern=find_pattern_maybe(layer))
+        stacks.setdefault(stack, []).append(site)
     return list(stacks.values())
+
+
+def layer_in(slot: nn.Module) -> nn.Module:
+    """The layer that a place in the model holds: the module there, or the one in the checkpoint wrapper there."""
+    inner = slot._modules.get(CHECKPOINT_WRAPPED_MODULE)
+    return slot if inner is None else inner
 
 
 def find_layers(model: nn.Module, layers: Layers) -> list[str]:

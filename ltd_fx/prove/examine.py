@@ -1,6 +1,6 @@
 """From example inputs to proven patterns: probe, infer, prove."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,8 +9,8 @@ from torch import nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.alike import likeness, shapes, structure
-from ltd_fx.learn.call_site import Proof
-from ltd_fx.learn.find import Layer
+from ltd_fx.learn.call_site import CallSite, Proof
+from ltd_fx.learn.find import layer_in
 from ltd_fx.learn.infer import infer_pattern, per_head, with_positions
 from ltd_fx.learn.layer_pattern import LayerPattern
 from ltd_fx.learn.observe import Call, describe, observe, observe_values
@@ -33,11 +33,12 @@ class Examination:
     nothing is left out by chance, unless training calls the layers in another way (with fewer patches, say).
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
-        self._model, self._inputs = model, inputs
+    def __init__(
+        self, model: nn.Module, layers: Sequence[CallSite], slots: Mapping[str, nn.Module], inputs: Any
+    ) -> None:
+        self._model, self._slots, self._inputs = model, slots, inputs
         self._sandbox = Sandbox(model)
-        self._slots = {layer.name: layer.slot for layer in layers}
-        self._kinds = {layer.name: (layer.pattern, likeness(layer.slot)) for layer in layers}
+        self._kinds = {layer.name: (layer.pattern, likeness(slots[layer.name])) for layer in layers}
         self._fake, self.training = True, False
         try:
             self.calls = self._observe(describe(*inputs))
@@ -90,7 +91,7 @@ class Examination:
         """
         rehearse(self._model, sites, self._inputs, sandbox=self._sandbox, fake=self._fake)
 
-    def _pick(self, layers: list[Layer]) -> dict[str, str]:
+    def _pick(self, layers: Sequence[CallSite]) -> dict[str, str]:
         """For each called layer the one whose proof is its own: of layers alike and called alike, the first two."""
         picked: dict[Any, list[str]] = {}
         samples = {}
@@ -114,13 +115,13 @@ class Examination:
             self._probed[seq_dim] = lengths, batches
         return self._probed[seq_dim]
 
-    def _has_table(self, layer: Layer, seq_dim: int) -> bool:
+    def _has_table(self, layer: CallSite, seq_dim: int) -> bool:
         """Whether the layer has a buffer that could be sliced to its length."""
         hidden = stream(self.first_calls[layer.name])
         assert hidden is not None
-        return any(hidden.shape[seq_dim] <= max(b.shape, default=0) for b in layer.slot.buffers())
+        return any(hidden.shape[seq_dim] <= max(b.shape, default=0) for b in self._slots[layer.name].buffers())
 
-    def _call(self, layer: Layer, seq_dim: int, tokens: int | None) -> Call:
+    def _call(self, layer: CallSite, seq_dim: int, tokens: int | None) -> Call:
         """How the layer is called, in values: on so many tokens, or on as many as there are."""
         key = seq_dim, tokens
         if key not in self._values:
@@ -140,7 +141,7 @@ class Examination:
         except LTDError:
             return run(self._inputs)
 
-    def examine(self, layer: Layer, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
+    def examine(self, layer: CallSite, *, shared: bool, protected: int) -> tuple[LayerPattern, Proof]:
         """The layer's pattern, inferred where none is known, and its proof.
 
         Raises:
@@ -153,7 +154,7 @@ class Examination:
         failure = ""
         for pattern in self._hypotheses(layer):
             seq_dim = int(pattern.batch_first)
-            how = partial(prove, layer.name, layer.slot, type(layer.module), pattern)
+            how = partial(prove, layer.name, self._slots[layer.name], pattern)
             how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
             try:
                 proof = how(self._call(layer, seq_dim, _TOKENS))
@@ -172,20 +173,21 @@ class Examination:
             raise LTDError(failure)
         return best
 
-    def accept_all(self, layers: list[Layer], *, shared: bool, protected: int) -> list[tuple[Layer, Proof]]:
+    def accept_all(self, layers: Sequence[CallSite], *, shared: bool, protected: int) -> list[CallSite]:
         """As :meth:`accept`; layers that are alike and called alike are proven by two of them."""
-        accepted: dict[str, tuple[Layer, Proof]] = {}
+        accepted: dict[str, CallSite] = {}
         for layer in layers:
             sample = self._samples.get(layer.name, layer.name)
             if sample == layer.name:
                 accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
             else:
-                like, proof = accepted[sample]
-                accepted[layer.name] = replace(layer, pattern=like.pattern), replace(proof, name=layer.name)
+                like = accepted[sample]
+                assert like.proof is not None
+                accepted[layer.name] = replace(layer, pattern=like.pattern, proof=replace(like.proof, name=layer.name))
         return list(accepted.values())
 
-    def accept(self, layer: Layer, *, shared: bool, protected: int) -> tuple[Layer, Proof]:
-        """As :meth:`examine`, but a layer that may not be routed is refused.
+    def accept(self, layer: CallSite, *, shared: bool, protected: int) -> CallSite:
+        """The layer with what :meth:`examine` found; one that may not be routed is refused.
 
         Raises:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
@@ -204,31 +206,29 @@ class Examination:
                 f"{what}, {proof.status}: {proof.reason}{size}; leave it out with transform(..., layers=...), or "
                 "register a LayerPattern for its class"
             )
-        return replace(layer, pattern=pattern), proof
+        return replace(layer, pattern=pattern, proof=proof)
 
-    def _hypotheses(self, layer: Layer) -> Iterator[LayerPattern]:
+    def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
         """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""
         seen: list[LayerPattern] = []
         if layer.pattern is not None:
             yield layer.pattern
-            if is_registered(layer.module):
+            if is_registered(layer_in(self._slots[layer.name])):
                 return
             seen.append(layer.pattern)
         failure = ""
+        module, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
         for seq_dim in (1, 0):
             lengths, batches = self._probes(seq_dim)
             ways: list[Probe | None] = [*batches] or [None]
             for batch in ways:
                 for near in (False,) if lengths else (False, True):
-                    call = self.first_calls[layer.name]
                     try:
-                        pattern = infer_pattern(
-                            layer.name, type(layer.module), call, lengths, batch, seq_dim, near=near
-                        )
+                        pattern = infer_pattern(layer.name, type(module), call, lengths, batch, seq_dim, near=near)
                     except LTDError as error:
                         failure = failure or str(error)
                         continue
-                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(layer.module))):
+                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(module))):
                         if hypothesis not in seen:
                             seen.append(hypothesis)
                             yield hypothesis

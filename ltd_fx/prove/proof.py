@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.call_site import Proof
+from ltd_fx.learn.find import layer_in
 from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.learn.observe import Call, is_stream
 from ltd_fx.learn.sandbox import Sandbox
@@ -35,7 +36,6 @@ _FEW = 256
 def prove(
     name: str,
     slot: nn.Module,
-    layer_class: type[nn.Module],
     pattern: LayerPattern,
     call: Call | None,
     *,
@@ -49,7 +49,6 @@ def prove(
     Args:
         name: the layer's.
         slot: the layer, routed or not, or the checkpoint wrapper around it. It is copied and stays as it is.
-        layer_class: whose ``forward`` tells the arguments.
         pattern: how it is routed.
         call: the arguments it is called with, as values; ``None`` if it is not called.
         sandbox: of the model.
@@ -61,7 +60,7 @@ def prove(
         LTDError: there are fewer than four tokens.
 
     """
-    layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else layer_class
+    layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else type(layer_in(slot))
     if call is None:
         return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
     few = all(t.numel() // t.shape[-1] < _FEW for t in leaves((call.args, call.kwargs)) if is_stream(t) and t.numel())

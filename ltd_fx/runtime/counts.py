@@ -18,21 +18,21 @@ class TargetLayer(Protocol):
     def share(self) -> float | None: ...
 
 
-def count_layers(entries: Sequence[TargetLayer], calls: Mapping[str, int]) -> tuple[dict[float | None, int], int]:
+def count_layers(layers: Sequence[TargetLayer], calls: Mapping[str, int]) -> tuple[dict[float | None, int], int]:
     """The routed layers by share (``None``: as scheduled), and the dense ones.
 
     A layer that a forward calls several times counts as often, and so do the dense layers of its stack.
 
     Args:
-        entries: all target layers.
+        layers: all target layers.
         calls: of routed layers, by name; those left out are called once.
 
     """
     times: dict[str, int] = {}
-    for entry in entries:
-        times[entry.stack] = max(times.get(entry.stack, 1), calls.get(entry.name, 1))
+    for layer in layers:
+        times[layer.stack] = max(times.get(layer.stack, 1), calls.get(layer.name, 1))
     shares: Counter[float | None] = Counter({None: 0})
-    for entry in entries:
-        if entry.routed:
-            shares[entry.share] += calls.get(entry.name, 1)
-    return dict(shares), sum(times[entry.stack] for entry in entries if not entry.routed)
+    for layer in layers:
+        if layer.routed:
+            shares[layer.share] += calls.get(layer.name, 1)
+    return dict(shares), sum(times[layer.stack] for layer in layers if not layer.routed)

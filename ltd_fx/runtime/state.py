@@ -56,7 +56,7 @@ class RouteState:
         self.rank = 0 if mesh is None else draw_rank(mesh)
         self.shared = shared
         self.dense = dense
-        self.entries: Sequence[TargetLayer] = ()  # the model's target layers
+        self.layers: Sequence[TargetLayer] = ()  # the model's target layers, dense ones too
         self._calls: dict[str, int] = {}  # of routed layers by one forward
         # how many routed layers have which share of their own, or none; and the lengths that they read
         self.shares: dict[float | None, int] = {None: routed - sum(shares.values()), **shares}
@@ -188,9 +188,9 @@ class RouteState:
     def count_calls(self) -> None:
         """Layers that a forward called more often than any before it count as often in layer tokens."""
         calls = {site.name: max(len(site.drawn), self._calls.get(site.name, 1)) for site in self.sites}
-        if self.entries and calls != self._calls:
+        if self.layers and calls != self._calls:
             self._calls = calls
-            self.shares, self.dense = count_layers(self.entries, calls)
+            self.shares, self.dense = count_layers(self.layers, calls)
 
     def _move(self, device: torch.device) -> None:
         """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
