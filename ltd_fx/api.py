@@ -8,20 +8,26 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ltd_fx import runtime
 from ltd_fx.errors import LTDError
-from ltd_fx.install.choose import RouteSpec, choose
-from ltd_fx.install.install import attach, find_rewrite, find_rewrite_maybe, install, uninstall
-from ltd_fx.install.report import RewriteReport, VerifyReport
-from ltd_fx.learn.find import Layers, find_stacks
-from ltd_fx.learn.observe import observe_values, split_inputs
-from ltd_fx.learn.sandbox import Sandbox
-from ltd_fx.ops import lowering
-from ltd_fx.prove.proof import prove
-from ltd_fx.runtime import replay
-from ltd_fx.runtime.state import Protect, RouteState
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.install import (
+    RewriteReport,
+    RouteSpec,
+    VerifyReport,
+    attach,
+    choose,
+    find_rewrite,
+    find_rewrite_maybe,
+    install,
+    uninstall,
+)
+from ltd_fx.learn import Layers, Sandbox, find_stacks, observe_values, split_inputs
+from ltd_fx.ops import register_inductor_decompositions
+from ltd_fx.prove import prove
+from ltd_fx.runtime import Protect, RouteState
+from ltd_fx.schedule import LTDScheduler
 from ltd_fx.torch_private import ORIG_MOD
-from ltd_fx.weights.keys import held_by
+from ltd_fx.weights import held_by
 
 _SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,7 +120,7 @@ def transform(
     state.set_protect(protect, model)
     if device_mesh is not None:
         state.check_ranks()
-    lowering.register_inductor_decompositions()
+    register_inductor_decompositions()
     attach(model, chosen, state, example_inputs)
     return model
 
@@ -251,4 +257,4 @@ def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
         LTDError: the model is not transformed, or has not seen a training forward.
 
     """
-    return replay.sampled_indices(find_rewrite(model)[1].sites)
+    return runtime.sampled_indices(find_rewrite(model)[1].sites)

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ltd_fx.install.install import find_scheduler
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.install import find_scheduler
+from ltd_fx.schedule import LTDScheduler
 
 
 class LTDCallback(TrainerCallback, ExportableState):

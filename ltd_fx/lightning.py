@@ -8,9 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.install.install import find_rewrite_maybe, find_scheduler
-from ltd_fx.schedule.lr import LayerTokenLR
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.install import find_rewrite_maybe, find_scheduler
+from ltd_fx.schedule import LayerTokenLR, LTDScheduler
 
 
 class LTDCallback(Callback):

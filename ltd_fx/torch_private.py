@@ -1,8 +1,8 @@
 """Every private or undocumented name of torch that the package uses. No other file names one.
 
-Each has a test of its name in ``tests/test_torch_private.py``, which says what it must mean. All were seen in torch
-2.11.0, 2.13.0 and 2.14.1, where those tests pass; none of these has a public name that does the same, unless it is said
-below. ``torch._dynamo`` and ``torch._inductor`` load when a function here needs them, not on import.
+Each has a test of its name in ``tests/project/test_torch_private*.py``, which says what it must mean. All were seen in
+torch 2.11.0, 2.13.0 and 2.14.1, where those tests pass; none of these has a public name that does the same, unless it
+is said below. ``torch._dynamo`` and ``torch._inductor`` load when a function here needs them, not on import.
 """
 
 from collections import OrderedDict

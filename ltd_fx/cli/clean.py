@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.weights.files import read_checkpoint, save_clean
-from ltd_fx.weights.keys import clean_state_dict
+from ltd_fx.weights import clean_state_dict, read_checkpoint, save_clean
 
 # Where trainers keep the weights in a larger file; "module" is DeepSpeed's.
 _NESTED = ("state_dict", "model", "module", "model_state_dict")

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from ltd_fx.cuda import driver
+from ltd_fx.cuda import kernels_on
 from ltd_fx.version import __version__
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate", "timm", "matplotlib", "deepspeed")
@@ -57,6 +57,6 @@ def _kernels() -> str:
         return "torch's: no CUDA device"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if driver.kernels_on(torch.device("cuda")) is not None:
+        if kernels_on(torch.device("cuda")) is not None:
             return "ours"
     return f"torch's: {caught[0].message if caught else 'LTD_FX_CUDA=0, or ROCm'}"

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 from ltd_fx.cli.schedule import add_schedule, scheduler_of
-from ltd_fx.schedule.planner import DEVICES, Model, Plan, make_plan
+from ltd_fx.schedule import DEVICES, Model, Plan, make_plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ltd_fx.errors import LTDError
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.schedule import LTDScheduler
 
 _ROWS = 20
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltd_fx.cuda.driver import Dim3, Kernels
 from ltd_fx.errors import LTDError
-from ltd_fx.ops.arguments import gathered_shape
+from ltd_fx.ops import gathered_shape
 
 THREADS = 256  # of a block, but for long rows of tokens to sample
 _MAX_GRID_Y = 65535  # the kernels loop over what is beyond

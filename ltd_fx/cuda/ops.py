@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from ltd_fx import ops
 from ltd_fx.cuda import driver, launch
-from ltd_fx.ops import arguments as ops_align
-from ltd_fx.ops import tokens as ops
 
 
 @torch.library.impl(ops.lib, "sample_tokens", "CUDA")
@@ -40,17 +39,17 @@ def scatter_tokens(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: b
 
 @torch.library.impl(ops.lib, "gather_aligned", "CUDA")
 def gather_aligned(values: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tensor]:
-    ops_align.check_aligned(values, indices, dims)
+    ops.check_aligned(values, indices, dims)
     kernels = driver.kernels_on(indices.device)
     if kernels is None:
-        return ops_align.aligned_kernel(values, indices, dims)
+        return ops.aligned_kernel(values, indices, dims)
     return launch.gather_aligned(kernels, values, indices, dims)
 
 
 @torch.library.impl(ops.lib, "gather_mask", "CUDA")
 def gather_mask(mask: Tensor, indices: Tensor) -> Tensor:
-    ops_align.check_mask(mask, indices)
+    ops.check_mask(mask, indices)
     kernels = driver.kernels_on(mask.device)
     if kernels is None:
-        return ops_align.mask_kernel(mask, indices)
+        return ops.mask_kernel(mask, indices)
     return launch.gather_mask(kernels, mask, indices)

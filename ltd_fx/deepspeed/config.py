@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltd_fx.errors import LTDError
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.schedule import LTDScheduler
 
 _REQUIRED = object()
 # Keys of random_ltd that describe the layers, which transform knows or learns; and those that DeepSpeed's engine sets.

@@ -6,16 +6,13 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.install.hooks import add_root_hook
-from ltd_fx.learn.find import find_layers
-from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
-from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe
-from ltd_fx.ops.lowering import register_inductor_decompositions
+from ltd_fx.install import add_root_hook
+from ltd_fx.learn import LayerPattern, align_attention_mask, find_layers, find_pattern_maybe, forward_signature
+from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_class
-from ltd_fx.runtime.records import Site
-from ltd_fx.runtime.state import RouteState
-from ltd_fx.schedule.scheduler import LTDScheduler
-from ltd_fx.weights.keys import clean_state_dict, unwrapped, without_components
+from ltd_fx.runtime import RouteState, Site
+from ltd_fx.schedule import LTDScheduler
+from ltd_fx.weights import clean_state_dict, unwrapped, without_components
 
 _COMPONENT = "random_ltd_layer"
 _ORDERS = {"batch_seq_dim": True, "seq_batch_dim": False}

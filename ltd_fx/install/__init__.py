@@ -1,0 +1,23 @@
+"""Rewrite a model in place, all or nothing, and back: which layers, their classes, the hooks around a forward.
+
+It also answers where the rewritten layers are now, and reports what was done.
+"""
+
+from ltd_fx.install.choose import RouteSpec, choose
+from ltd_fx.install.hooks import add_root_hook
+from ltd_fx.install.in_place import attach, find_rewrite, find_rewrite_maybe, find_scheduler, install, uninstall
+from ltd_fx.install.report import RewriteReport, VerifyReport
+
+__all__ = [
+    "RewriteReport",
+    "RouteSpec",
+    "VerifyReport",
+    "add_root_hook",
+    "attach",
+    "choose",
+    "find_rewrite",
+    "find_rewrite_maybe",
+    "find_scheduler",
+    "install",
+    "uninstall",
+]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.call_site import CallSite
+from ltd_fx.learn import CallSite
 from ltd_fx.passes.routed_layer import RoutedLayer
 
 # Tokens leave at layer `first` of a stack and return after layer `last`; the share that stays, or None: as scheduled.

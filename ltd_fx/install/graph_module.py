@@ -10,12 +10,10 @@ from typing import Any
 from torch import fx, nn
 
 from ltd_fx.install.hooks import REWRITE, add_forward_hooks
-from ltd_fx.learn.call_site import CallSite
-from ltd_fx.learn.find import layer_in
-from ltd_fx.learn.layer_pattern import forward_signature
+from ltd_fx.learn import CallSite, forward_signature, layer_in
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.passes.routed_layer import SCRIPTING, SITE, refuse_replicas, refuse_scripting
-from ltd_fx.runtime.records import Site
+from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
 
 

@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime.records import Site, Span
-from ltd_fx.runtime.state import RouteState
+from ltd_fx.runtime import RouteState, Site, Span
 from ltd_fx.torch_private import is_functorch_wrapped_tensor, skip_code
 
 REWRITE = "_ltd_rewrite"  # the attribute of the root that holds its ``install.Rewrite``

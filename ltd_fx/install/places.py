@@ -8,7 +8,7 @@ from torch import nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.passes.routed_layer import SITE, RoutedLayer, routes
-from ltd_fx.runtime.records import Site
+from ltd_fx.runtime import Site
 from ltd_fx.torch_private import child_slots
 
 _REMEDY = "call ltd_fx.restore(model) before changing its layers, and transform it again"

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import fx
 
-from ltd_fx.learn.call_site import CallSite, Proof
-from ltd_fx.runtime.arguments import Aligned
+from ltd_fx.learn import CallSite, Proof
+from ltd_fx.runtime import Aligned
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""From a model to patterns: which of its layers are targets, how they are called, which arguments follow the tokens.
+
+What it learns is a hypothesis until ``prove`` has tried it.
+"""
+
+from ltd_fx.learn.alike import likeness, shapes, structure
+from ltd_fx.learn.call_site import CallSite, Proof
+from ltd_fx.learn.find import Layers, find_layers, find_stacks, layer_in
+from ltd_fx.learn.infer import infer_pattern, per_head, with_positions
+from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
+from ltd_fx.learn.observe import Call, describe, is_stream, observe, observe_values, run_forward, split_inputs
+from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe, is_registered, register_pattern
+from ltd_fx.learn.probe import Probe, batch_probes, by_name, length_probes, stream
+from ltd_fx.learn.sandbox import Sandbox, tensors_in
+
+__all__ = [
+    "Call",
+    "CallSite",
+    "LayerPattern",
+    "Layers",
+    "Probe",
+    "Proof",
+    "Sandbox",
+    "align_attention_mask",
+    "batch_probes",
+    "by_name",
+    "describe",
+    "find_layers",
+    "find_pattern_maybe",
+    "find_stacks",
+    "forward_signature",
+    "infer_pattern",
+    "is_registered",
+    "is_stream",
+    "layer_in",
+    "length_probes",
+    "likeness",
+    "observe",
+    "observe_values",
+    "per_head",
+    "register_pattern",
+    "run_forward",
+    "shapes",
+    "split_inputs",
+    "stream",
+    "structure",
+    "tensors_in",
+    "with_positions",
+]

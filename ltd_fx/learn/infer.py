@@ -14,8 +14,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.learn.layer_pattern import Align, LayerPattern, forward_signature
 from ltd_fx.learn.observe import Call, is_stream
 from ltd_fx.learn.probe import Probe
-from ltd_fx.runtime.arguments import Aligned, align
-from ltd_fx.runtime.records import Draw
+from ltd_fx.runtime import Aligned, Draw, gather_argument
 from ltd_fx.tree import items_of, leaves
 
 # A table may have so many rows more or fewer than there are tokens (class and register tokens) where no second length
@@ -95,7 +94,7 @@ def with_positions(pattern: LayerPattern, layer_class: type[nn.Module]) -> Layer
 def kept_positions(draw: Draw | None, value: Any) -> Any:
     """``[B, k]`` positions: those of the kept tokens where the layer is called without."""
     if draw is None or value is not None:
-        return align(draw, value, "positions", (1,))
+        return gather_argument(draw, value, "positions", (1,))
     return draw.indices.expand(draw.batch, -1)
 
 

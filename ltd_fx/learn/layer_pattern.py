@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime.records import Draw
+from ltd_fx.runtime import Draw
 
 # Dimensions that carry the sequence, or how to gather an argument for which dimensions are not enough.
 Align = tuple[Any, ...] | Callable[[Draw | None, Any], Any]

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.layer_pattern import Align, LayerPattern, argument_names, forward_signature
-from ltd_fx.runtime.arguments import Aligned, align
-from ltd_fx.runtime.records import Draw
+from ltd_fx.runtime import Aligned, Draw, gather_argument
 
 logger = logging.getLogger(__name__)
 
@@ -19,15 +18,15 @@ logger = logging.getLogger(__name__)
 def align_attention_mask(draw: Draw | None, mask: Any) -> Any:
     """Transformers' masks: ``[B | 1, heads | 1, S | 1, S]`` (sdpa, eager) or ``[B, S]`` (flash attention)."""
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return align(draw, mask, "attention_mask", (1,))
-    return align(draw, mask, "attention_mask", (2, 3))
+        return gather_argument(draw, mask, "attention_mask", (1,))
+    return gather_argument(draw, mask, "attention_mask", (2, 3))
 
 
 def _align_src_mask(draw: Draw | None, mask: Any) -> Any:
     """``nn.TransformerEncoderLayer``'s ``src_mask``: ``[S, S]`` or ``[B * heads, S, S]``."""
     if draw is None or not isinstance(mask, Tensor) or mask.ndim == 3:
-        return align(draw, mask, "src_mask", (1, 2))
-    gathered = align(draw, mask, "src_mask", (0, 1))
+        return gather_argument(draw, mask, "src_mask", (1, 2))
+    gathered = gather_argument(draw, mask, "src_mask", (0, 1))
     if gathered.ndim == 2:  # one draw for the batch
         return gathered
     heads: int = draw.site.layer.get_submodule("self_attn").num_heads  # type: ignore[assignment]
@@ -43,7 +42,7 @@ def _align_mpt_bias(draw: Draw | None, bias: Any) -> Any:
             f"ltd_fx: {draw.site.name}: its position_bias is the same for all sequences, so they must keep the same "
             "tokens: pass sampling='shared' to ltd_fx.transform"
         )
-    return align(draw, bias[:, :, -draw.seq_len :], "position_bias", Aligned((2,), batch=None))
+    return gather_argument(draw, bias[:, :, -draw.seq_len :], "position_bias", Aligned((2,), batch=None))
 
 
 # The tokens' numbers ``[S]``, which layers of older releases take: a built-in pattern may name what a class lacks.

@@ -12,7 +12,7 @@ from ltd_fx.passes.check import check
 from ltd_fx.passes.locate import Target, locate
 from ltd_fx.passes.route import route
 from ltd_fx.passes.span import span
-from ltd_fx.runtime.records import Site
+from ltd_fx.runtime import Site
 
 __all__ = ["Target", "align", "check", "locate", "rewrite", "route", "span"]
 

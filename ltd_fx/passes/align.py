@@ -9,7 +9,7 @@ after   %draw  = call_function[target=draw_tokens](args = (%site, %hidden, True)
 
 Several arguments of a call are gathered at once:
 
-        %align = call_function[target=align_together](args = (%draw, (mask, bias), (%mask, %bias), ((1,), (2,))))
+        %align = call_function[target=gather_arguments](args = (%draw, (mask, bias), (%mask, %bias), ((1,), (2,))))
         %mask_1 = call_function[target=getitem](args = (%align, 0))
 """
 
@@ -21,8 +21,7 @@ from torch import fx
 
 from ltd_fx.passes.capture import ARGS, KWARGS
 from ltd_fx.passes.locate import CallSite, call_sites
-from ltd_fx.runtime.arguments import align as align_argument
-from ltd_fx.runtime.arguments import align_extra, align_extras, align_together
+from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gather_extras
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,10 @@ def _together(graph: fx.Graph, site: CallSite, values: dict[str, Any]) -> dict[s
     entries: Any = [site.target.pattern.aligned[name] for name in values]
     if len(values) == 1:
         ((name, value),) = values.items()
-        return {name: graph.call_function(align_argument, (site.draw, value, name, entries[0]))}
+        return {name: graph.call_function(gather_argument, (site.draw, value, name, entries[0]))}
     if not values:
         return {}
-    node = graph.call_function(align_together, (site.draw, tuple(values), tuple(values.values()), tuple(entries)))
+    node = graph.call_function(gather_arguments, (site.draw, tuple(values), tuple(values.values()), tuple(entries)))
     return {name: graph.call_function(operator.getitem, (node, i)) for i, name in enumerate(values)}
 
 
@@ -70,11 +69,11 @@ def _alone(graph: fx.Graph, site: CallSite, name: str, value: Any) -> fx.Node:
     if name == KWARGS:
         parameters = site.target.signature.parameters
         extras: Any = {key: dims for key, dims in aligned.items() if key not in parameters}
-        return graph.call_function(align_extras, (site.draw, value, extras))
+        return graph.call_function(gather_extras, (site.draw, value, extras))
     entry = aligned.get(name)
     if callable(entry):
         return graph.call_function(entry, (site.draw, value))
-    return graph.call_function(align_extra, (site.draw, value, "*args" if name == ARGS else name))
+    return graph.call_function(gather_extra, (site.draw, value, "*args" if name == ARGS else name))
 
 
 def _may_follow(site: CallSite, name: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.observe import Call
+from ltd_fx.learn import Call
 from ltd_fx.torch_private import pytree
 
 LAYER = "_ltd_layer"

@@ -12,8 +12,7 @@ import torch
 from torch import fx
 
 from ltd_fx.passes.locate import CallSite, call_sites
-from ltd_fx.runtime.draw import hidden_shape
-from ltd_fx.runtime.records import Draw, Site
+from ltd_fx.runtime import Draw, Site, hidden_shape
 from ltd_fx.torch_private import fake_mode_of
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.layer_pattern import LayerPattern
-from ltd_fx.runtime.draw import draw_tokens
+from ltd_fx.learn import LayerPattern
+from ltd_fx.runtime import draw_tokens
 
 logger = logging.getLogger(__name__)
 META = "ltd_fx"

@@ -17,7 +17,7 @@ import operator
 from torch import fx
 
 from ltd_fx.passes.locate import call_sites
-from ltd_fx.runtime.split_merge import merge_output, split_hidden
+from ltd_fx.runtime import merge_output, split_hidden
 
 logger = logging.getLogger(__name__)
 

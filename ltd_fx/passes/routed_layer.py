@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
+from ltd_fx.learn import LayerPattern, forward_signature
 from ltd_fx.passes import Target, rewrite
 from ltd_fx.passes.capture import ARGS, KWARGS, LAYER, layer_graph
-from ltd_fx.runtime.records import Site
+from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
 from ltd_fx.tree import leaves
 

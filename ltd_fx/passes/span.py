@@ -22,7 +22,7 @@ from torch import fx
 
 from ltd_fx.errors import LTDError
 from ltd_fx.passes.locate import CallSite, call_sites
-from ltd_fx.runtime.hand_over import hand_over, rest_of, take_over
+from ltd_fx.runtime import hand_over, rest_of, take_over
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,32 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.alike import likeness, shapes, structure
-from ltd_fx.learn.call_site import CallSite, Proof
-from ltd_fx.learn.find import layer_in
-from ltd_fx.learn.infer import infer_pattern, per_head, with_positions
-from ltd_fx.learn.layer_pattern import LayerPattern
-from ltd_fx.learn.observe import Call, describe, observe, observe_values
-from ltd_fx.learn.patterns import is_registered
-from ltd_fx.learn.probe import Probe, batch_probes, by_name, length_probes, stream
-from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.learn import (
+    Call,
+    CallSite,
+    LayerPattern,
+    Probe,
+    Proof,
+    Sandbox,
+    batch_probes,
+    by_name,
+    describe,
+    infer_pattern,
+    is_registered,
+    layer_in,
+    length_probes,
+    likeness,
+    observe,
+    observe_values,
+    per_head,
+    shapes,
+    stream,
+    structure,
+    with_positions,
+)
 from ltd_fx.prove.proof import prove
 from ltd_fx.prove.rehearse import rehearse
-from ltd_fx.runtime.records import Site
+from ltd_fx.runtime import Site
 
 # Enough to tell any two ways of routing apart.
 _TOKENS, _SEQUENCES = 12, 2

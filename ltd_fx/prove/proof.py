@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.call_site import Proof
-from ltd_fx.learn.find import layer_in
-from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
-from ltd_fx.learn.observe import Call, is_stream
-from ltd_fx.learn.sandbox import Sandbox
+from ltd_fx.learn import Call, LayerPattern, Proof, Sandbox, forward_signature, is_stream, layer_in
 from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.prove.reference import DefaultDtype, NotVerifiableError, Scores, dense_reference, run_plain
-from ltd_fx.runtime.records import Site
-from ltd_fx.runtime.state import RouteState
+from ltd_fx.runtime import RouteState, Site
 from ltd_fx.torch_private import hooks_of
 from ltd_fx.tree import items_of, leaves, map_tensors
 

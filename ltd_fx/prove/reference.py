@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ltd_fx.learn.sandbox import tensors_in
+from ltd_fx.learn import tensors_in
 from ltd_fx.torch_private import SOFTMAXES, TO_COPY, TorchDispatchMode, is_grouped_mm, safe_softmax
 
 _FACTORIES = {

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.observe import describe, run_forward
-from ltd_fx.learn.sandbox import Sandbox
-from ltd_fx.runtime.records import Site
+from ltd_fx.learn import Sandbox, describe, run_forward
+from ltd_fx.runtime import Site
 
 
 def rehearse(model: nn.Module, sites: list[Site], inputs: Any, *, sandbox: Sandbox, fake: bool) -> None:

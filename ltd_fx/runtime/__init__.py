@@ -1,0 +1,35 @@
+"""What a rewritten graph calls in a forward: draw tokens, gather what follows them, split and merge hidden states.
+
+Also the state that the routed layers of a model share. It knows of no graph: ``passes`` puts the calls there.
+"""
+
+from ltd_fx.runtime.arguments import Aligned, gather_argument, gather_arguments, gather_extra, gather_extras
+from ltd_fx.runtime.draw import draw_tokens, hidden_shape
+from ltd_fx.runtime.hand_over import hand_over, rest_of, take_over
+from ltd_fx.runtime.ranks import gather_from_ranks
+from ltd_fx.runtime.records import Draw, Site, Span
+from ltd_fx.runtime.replay import sampled_indices
+from ltd_fx.runtime.split_merge import merge_output, split_hidden
+from ltd_fx.runtime.state import Protect, RouteState
+
+__all__ = [
+    "Aligned",
+    "Draw",
+    "Protect",
+    "RouteState",
+    "Site",
+    "Span",
+    "draw_tokens",
+    "gather_argument",
+    "gather_arguments",
+    "gather_extra",
+    "gather_extras",
+    "gather_from_ranks",
+    "hand_over",
+    "hidden_shape",
+    "merge_output",
+    "rest_of",
+    "sampled_indices",
+    "split_hidden",
+    "take_over",
+]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ltd_fx.errors import LTDError
-from ltd_fx.ops.arguments import gather_by_indexing
+from ltd_fx.ops import gather_by_indexing
 from ltd_fx.runtime.packed import PACKED
 from ltd_fx.runtime.records import Draw
 from ltd_fx.tree import items_of, leaves, like
@@ -34,7 +34,7 @@ class Aligned(NamedTuple):
     per_head: bool = False
 
 
-def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
+def gather_argument(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> Any:
     """``value`` with only the kept tokens.
 
     Args:
@@ -53,14 +53,14 @@ def align(draw: Draw | None, value: Any, name: str, entry: tuple[Any, ...]) -> A
         LTDError: a size is neither S nor 1, the batch does not fit, or the value is of another type.
 
     """
-    (aligned,) = align_together(draw, (name,), (value,), (entry,))
+    (aligned,) = gather_arguments(draw, (name,), (value,), (entry,))
     return aligned
 
 
-def align_together(
+def gather_arguments(
     draw: Draw | None, names: Sequence[str], values: Sequence[Any], entries: Sequence[tuple[Any, ...]]
 ) -> Sequence[Any]:
-    """:func:`align` for several arguments; those that carry the sequence in one dimension take one launch."""
+    """:func:`gather_argument` for several arguments; those that carry the sequence in one dimension take one launch."""
     if draw is None:
         return values
     done = {} if draw.gathered is None else draw.gathered
@@ -214,7 +214,7 @@ def _rebuild(draw: Draw, mask: BlockMask, name: str) -> BlockMask:
     return create_block_mask(kept, batch, heads, keep, keep, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def align_extra(draw: Draw | None, value: Any, name: str) -> Any:
+def gather_extra(draw: Draw | None, value: Any, name: str) -> Any:
     """An argument of which the pattern knows nothing, as it is; but for the boundaries of packed rows.
 
     Raises:
@@ -235,16 +235,16 @@ def align_extra(draw: Draw | None, value: Any, name: str) -> Any:
     return value
 
 
-def align_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[str, Any]) -> Mapping[str, Any]:
+def gather_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping[str, Any]) -> Mapping[str, Any]:
     """All of a layer's ``**kwargs``; ``aligned`` has the entries of those that the pattern mentions.
 
     Raises:
-        LTDError: as :func:`align`, and :func:`align_extra` for the others.
+        LTDError: as :func:`gather_argument`, and :func:`gather_extra` for the others.
 
     """
     if draw is None:
         return extras
     names = [name for name in extras if name in aligned]
-    known = align_together(draw, names, [extras[name] for name in names], [aligned[name] for name in names])
-    others = {name: align_extra(draw, value, name) for name, value in extras.items() if name not in aligned}
+    known = gather_arguments(draw, names, [extras[name] for name in names], [aligned[name] for name in names])
+    others = {name: gather_extra(draw, value, name) for name, value in extras.items() if name not in aligned}
     return {**extras, **others, **dict(zip(names, known, strict=True))}

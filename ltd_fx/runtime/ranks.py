@@ -49,7 +49,7 @@ def draw_rank(mesh: DeviceMesh) -> int:
     return rank
 
 
-def gather(value: Any, mesh: DeviceMesh | None) -> list[tuple[int, Any]]:
+def gather_from_ranks(value: Any, mesh: DeviceMesh | None) -> list[tuple[int, Any]]:
     """Collective: (rank, its ``value``) of all ranks of ``mesh`` (``None``: all there are), by rank."""
     everyone = [(dist.get_rank(), value)]
     for group in [None] if mesh is None else mesh.get_all_groups():  # along one dimension after the other
@@ -66,7 +66,7 @@ def refuse_differences(values: Mapping[str, Any], mesh: DeviceMesh | None) -> No
         LTDError: on every rank, where any two differ.
 
     """
-    (rank, expected), *others = gather(values, mesh)
+    (rank, expected), *others = gather_from_ranks(values, mesh)
     for other, theirs in others:
         for field, value in expected.items():
             if theirs.get(field) != value:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.runtime.state import RouteState, record
-from ltd_fx.schedule.length import ReservedLength
+from ltd_fx.schedule import ReservedLength
 from ltd_fx.torch_private import in_backward
 
 # Between the numbers of a layer's calls in one forward; no model has as many layers.

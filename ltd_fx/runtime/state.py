@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx.errors import LTDError
-from ltd_fx.ops.sampling import draw_key
+from ltd_fx.ops import draw_key
 from ltd_fx.runtime.counts import TargetLayer, count_layers
 from ltd_fx.runtime.ranks import draw_rank, refuse_differences
-from ltd_fx.schedule.length import ReservedLength
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.schedule import LTDScheduler, ReservedLength
 from ltd_fx.torch_private import allow_side_effects
 
 Protect = int | str | Callable[[Tensor], Tensor] | None

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime.ranks import gather
+from ltd_fx.runtime import gather_from_ranks
 from ltd_fx.weights.keys import check_whole, clean_state_dict, own_name, unwrapped
 
 _ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
@@ -53,7 +53,7 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
             _save(whole, path)
         except LTDError as raised:
             error = str(raised)
-    for rank, message in gather(error, mesh):
+    for rank, message in gather_from_ranks(error, mesh):
         if message is not None:
             raise LTDError(f"{message} (rank {rank})")
 

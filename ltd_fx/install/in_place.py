@@ -22,16 +22,13 @@ from ltd_fx.install.hooks import (
 )
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
-from ltd_fx.learn.call_site import CallSite
-from ltd_fx.learn.find import layer_in
-from ltd_fx.learn.observe import split_inputs
+from ltd_fx.learn import CallSite, layer_in, split_inputs
 from ltd_fx.passes import rewrite as rewrite_graph
 from ltd_fx.passes.capture import call_graph, forget_objects
 from ltd_fx.passes.routed_layer import SCRIPTING, refuse_replicas, refuse_scripting, routed_class, swap_back, swap_class
-from ltd_fx.prove.examine import Examination
-from ltd_fx.runtime.records import Site, Span
-from ltd_fx.runtime.state import RouteState
-from ltd_fx.schedule.scheduler import LTDScheduler
+from ltd_fx.prove import Examination
+from ltd_fx.runtime import RouteState, Site, Span
+from ltd_fx.schedule import LTDScheduler
 from ltd_fx.torch_private import is_replica, pytree
 
 

@@ -44,7 +44,7 @@ def test_each_pass_counts_and_leaves_a_sound_graph() -> None:
     assert names(graph).count("draw_tokens") == 2
     assert names(graph).index("draw_tokens") > names(graph).index("layers.0")
     assert align(graph) == 2
-    assert names(graph).count("align") == 2
+    assert names(graph).count("gather_argument") == 2
     assert route(graph) == 2
     assert check(graph) == 2
     graph.lint()
@@ -72,7 +72,7 @@ def test_several_arguments_of_a_call_are_gathered_together() -> None:
     target = Target("layers.1", "_ltd_site_1", inspect.signature(layer), LayerPattern(hidden="x", aligned=aligned))
     locate(graph, {"layers.1": target})
     assert align(graph) == 2
-    (node,) = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "align_together"]
+    (node,) = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "gather_arguments"]
     assert node.args[1:] == (("mask", "table"), (mask, table), ((2, 3), (1,)))
     (call,) = [node for node in graph.nodes if node.target == "layers.1"]
     assert [call.args[1].args, call.kwargs["table"].args] == [(node, 0), (node, 1)]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltd_fx import LTDError
-from ltd_fx.runtime.arguments import Aligned, align, align_extras, align_together
+from ltd_fx.runtime.arguments import Aligned, gather_argument, gather_arguments, gather_extras
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState
 
@@ -76,7 +76,7 @@ def unbatched(value, indices, dims):
 def test_batched(shape, dims, indices):
     value = randn(*shape)
     torch.testing.assert_close(
-        align(draw_of(indices), value, "mask", dims), batched(value, indices, dims), rtol=0, atol=0
+        gather_argument(draw_of(indices), value, "mask", dims), batched(value, indices, dims), rtol=0, atol=0
     )
 
 
@@ -95,7 +95,7 @@ def test_batched(shape, dims, indices):
 )
 def test_unbatched(shape, dims, indices):
     value = randn(*shape)
-    aligned = align(draw_of(indices), value, "table", dims)
+    aligned = gather_argument(draw_of(indices), value, "table", dims)
     torch.testing.assert_close(aligned, unbatched(value, indices, dims), rtol=0, atol=0)
 
 
@@ -105,27 +105,27 @@ def test_unbatched(shape, dims, indices):
 )
 def test_negative_dims_are_refused(shape, dims):
     with pytest.raises(LTDError, match="aligned"):
-        align(draw_of(), randn(*shape), "table", dims)
+        gather_argument(draw_of(), randn(*shape), "table", dims)
 
 
 @pytest.mark.parametrize(("shape", "dims"), [((1, SEQ), (1,)), ((HEADS, 1, SEQ), (2,)), ((SEQ, DIM), (0,))])
 def test_a_batch_of_one(shape, dims):
     value = randn(*shape)
-    aligned = align(draw_of(INDICES[:1], batch=1), value, "mask", dims)
+    aligned = gather_argument(draw_of(INDICES[:1], batch=1), value, "mask", dims)
     torch.testing.assert_close(aligned, value.index_select(dims[0], INDICES[0]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.bfloat16])
 def test_dtypes_stay(dtype):
     value = (randn(BATCH, SEQ) * 3).to(dtype)
-    aligned = align(draw_of(), value, "mask", (1,))
+    aligned = gather_argument(draw_of(), value, "mask", (1,))
     assert aligned.dtype == dtype
     assert torch.equal(aligned, value.gather(1, INDICES))
 
 
 def test_gradients_go_to_the_kept_entries():
     value = randn(1, SEQ, DIM).requires_grad_()
-    align(draw_of(), value, "bias", (1,)).sum().backward()
+    gather_argument(draw_of(), value, "bias", (1,)).sum().backward()
     counts = torch.bincount(INDICES.flatten(), minlength=SEQ).float()
     assert torch.equal(value.grad, counts[None, :, None].expand(1, SEQ, DIM))
 
@@ -148,7 +148,7 @@ def test_several_arguments_are_one_call():
     draw = draw_of(INDICES[1:2])._replace(protected=1)
     entries = (1,), (1,), (2, 3), Aligned((1,), prefix=-1), (1,), ()
     with Called() as called:
-        out = align_together(draw, "abcdef", (tables, ids, mask, shorter, heads, ids), entries)
+        out = gather_arguments(draw, "abcdef", (tables, ids, mask, shorter, heads, ids), entries)
     assert sorted(called.names) == ["ltd_fx::gather_aligned", "ltd_fx::gather_aligned", "ltd_fx::gather_mask"]
     kept = INDICES[1]
     expected = [table[:, kept] for table in tables]
@@ -160,25 +160,25 @@ def test_several_arguments_are_one_call():
 @pytest.mark.parametrize(("shape", "dims"), [((BATCH * HEADS, SEQ), (1,)), ((BATCH, SEQ, SEQ, SEQ), (1, 2, 3))])
 def test_what_the_operators_do_not_serve_is_indexed(shape, dims):
     with Called() as called:
-        align(draw_of(), randn(*shape), "mask", dims)
+        gather_argument(draw_of(), randn(*shape), "mask", dims)
     assert called.names == []
 
 
 def test_torch_func_differentiates_a_learnt_bias():
     bias, rows = randn(1, HEADS, SEQ, SEQ), INDICES
-    grad = torch.func.grad(lambda bias: align(draw_of(), bias, "bias", (2, 3)).sum())(bias)
+    grad = torch.func.grad(lambda bias: gather_argument(draw_of(), bias, "bias", (2, 3)).sum())(bias)
     counts = sum(torch.zeros(SEQ, SEQ).index_put((row[:, None], row), torch.tensor(1.0)) for row in rows)
     assert torch.equal(grad, counts.expand(1, HEADS, SEQ, SEQ))
 
 
 def test_arguments_of_a_shared_draw_are_gathered_once():
     draw, first, second = draw_of()._replace(gathered={}), randn(BATCH, SEQ), randn(1, SEQ)
-    out = align_together(draw, ("a", "b"), (first, second), ((1,), (1,)))
+    out = gather_arguments(draw, ("a", "b"), (first, second), ((1,), (1,)))
     with Called() as called:
-        again = align_together(draw, ("a", "b"), (first, second), ((1,), (1,)))
+        again = gather_arguments(draw, ("a", "b"), (first, second), ((1,), (1,)))
         assert all(x is y for x, y in zip(out, again, strict=True))
         assert called.names == []
-        assert align(draw, second.clone(), "b", (1,)) is not out[1]
+        assert gather_argument(draw, second.clone(), "b", (1,)) is not out[1]
     assert called.names == ["ltd_fx::gather_aligned"]
 
 
@@ -205,7 +205,7 @@ def test_structures(value):
             for pair in zip(aligned, value, strict=True):
                 check(*pair)
 
-    check(align(draw_of(), value, "position_embeddings", (1,)), value)
+    check(gather_argument(draw_of(), value, "position_embeddings", (1,)), value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_structures(value):
     ids=["dense", "dense, no tensor", "None", "unaligned", "unaligned tensor", "broadcasts", "broadcast table"],
 )
 def test_passes_through(draw, value, dims):
-    assert align(draw, value, "mask", dims) is value
+    assert gather_argument(draw, value, "mask", dims) is value
 
 
 @pytest.mark.parametrize(
@@ -248,20 +248,20 @@ def test_passes_through(draw, value, dims):
 )
 def test_what_does_not_fit(value, dims, message):
     with pytest.raises(LTDError, match=r"layers\.1: argument " + message):
-        align(draw_of(), value, "mask", dims)
+        gather_argument(draw_of(), value, "mask", dims)
 
 
 def test_extras():
     mask, other, cache = randn(BATCH, SEQ), randn(BATCH, SEQ + 1), object()
     extras = {"mask": mask, "flag": True, "other": other, "cache": cache, "kept": randn(BATCH, SEQ), "none": None}
-    aligned = align_extras(draw_of(), extras, {"mask": (1,), "kept": (), "none": (1,), "absent": (1,)})
+    aligned = gather_extras(draw_of(), extras, {"mask": (1,), "kept": (), "none": (1,), "absent": (1,)})
     assert aligned.keys() == extras.keys()
     assert torch.equal(aligned["mask"], mask.gather(1, INDICES))
     assert all(aligned[name] is extras[name] for name in extras if name != "mask")
-    assert align_extras(None, extras, {"mask": (1,)}) is extras
+    assert gather_extras(None, extras, {"mask": (1,)}) is extras
 
 
 def test_an_extra_that_seems_to_carry_the_sequence():
     message = r"layers\.1: argument 'bias' of shape \(2, 6\) seems to carry the sequence \(S=6\)"
     with pytest.raises(LTDError, match=message):
-        align_extras(draw_of(), {"bias": randn(2, SEQ)}, {"mask": (1,)})
+        gather_extras(draw_of(), {"bias": randn(2, SEQ)}, {"mask": (1,)})

@@ -9,7 +9,7 @@ import pytest
 
 from ltd_fx import torch_private
 
-PACKAGE = Path(__file__).parent.parent / "ltd_fx"
+PACKAGE = Path(__file__).parents[2] / "ltd_fx"
 ROOM = PACKAGE / "torch_private.py"
 # Without an underscore, and documented no better.
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}

@@ -15,7 +15,7 @@ from torch import nn
 import ltd_fx
 from ltd_fx.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def answer(capsys: Any, *arguments: Any) -> Any:

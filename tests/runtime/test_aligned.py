@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ltd_fx import Aligned, LTDError
-from ltd_fx.runtime.arguments import align
+from ltd_fx.runtime.arguments import gather_argument
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState
 
@@ -82,18 +82,19 @@ ENTRIES = {
 def test_values(which: str, indices: Tensor) -> None:
     shape, entry = ENTRIES[which]
     value = randn(*shape)
-    aligned = align(draw_of(indices), value, "table", entry)
+    aligned = gather_argument(draw_of(indices), value, "table", entry)
     assert torch.equal(aligned, expected(value, entry, indices))
 
 
 def test_values_by_hand() -> None:
     """That ``expected`` above expects the right thing."""
     table, heads = torch.arange(SEQ - 2), torch.arange(HEADS * SEQ).view(HEADS, SEQ)
-    assert align(draw_of(), table, "table", Aligned((0,), None, -2)).tolist() == [[0, 3], [1, 2], [2, 4]]
-    joint = align(draw_of(), torch.arange(SEQ + 2), "table", Aligned((0,), None, 2, True))
+    assert gather_argument(draw_of(), table, "table", Aligned((0,), None, -2)).tolist() == [[0, 3], [1, 2], [2, 4]]
+    joint = gather_argument(draw_of(), torch.arange(SEQ + 2), "table", Aligned((0,), None, 2, True))
     assert joint.tolist() == [[[0, 1, 2, 3, 4, 7]], [[0, 1, 2, 3, 5, 6]], [[0, 1, 2, 3, 6, 8]]]
-    assert align(draw_of(INDICES[:1]), heads, "table", Aligned((1,), None)).tolist() == [[0, 1, 2, 5], [7, 8, 9, 12]]
-    assert align(draw_of(), heads, "table", Aligned((1,), None))[1].tolist() == [[0, 1, 3, 4], [7, 8, 10, 11]]
+    shared = gather_argument(draw_of(INDICES[:1]), heads, "table", Aligned((1,), None))
+    assert shared.tolist() == [[0, 1, 2, 5], [7, 8, 9, 12]]
+    assert gather_argument(draw_of(), heads, "table", Aligned((1,), None))[1].tolist() == [[0, 1, 3, 4], [7, 8, 10, 11]]
 
 
 Rotary = collections.namedtuple("Rotary", "cos sin")
@@ -115,7 +116,7 @@ def test_nested_structures_with_an_entry_for_each_item(indices: Tensor) -> None:
     wanted = [expected(mask, row, indices), expected(table, flat, indices), expected(joint, prefixed, indices)]
 
     def check(value: Any, parts: Any) -> Any:
-        aligned = align(draw, value, "given", entry)
+        aligned = gather_argument(draw, value, "given", entry)
         assert type(aligned) is type(value)
         first, (second, kept), (third, (fourth, fifth)) = parts(aligned)
         for ours, theirs in zip((first, second, third, fourth, fifth), (*wanted, wanted[0], wanted[1]), strict=True):
@@ -129,7 +130,7 @@ def test_nested_structures_with_an_entry_for_each_item(indices: Tensor) -> None:
     assert list(check({"m": mask, "r": inner, "d": deep}, lambda aligned: aligned.values())) == ["m", "r", "d"]
     check(collections.OrderedDict(m=mask, r=[*inner], d=deep), lambda aligned: aligned.values())
     assert type(check(Bundle(mask, inner, deep), lambda b: (b.mask, b.rotary, b.table)).table) is list
-    shared = align(draw, Bundle(mask, {"a": mask}, (None, mask)), "given", (1,))  # one entry for all
+    shared = gather_argument(draw, Bundle(mask, {"a": mask}, (None, mask)), "given", (1,))  # one entry for all
     assert all(torch.equal(item, wanted[0]) for item in (shared.mask, shared.rotary["a"], shared.table[1]))
 
 
@@ -148,7 +149,7 @@ def test_nested_structures_with_an_entry_for_each_item(indices: Tensor) -> None:
 )
 def test_what_does_not_fit(value: Any, entry: Any, message: str) -> None:
     with pytest.raises(LTDError, match=r"layers\.1: argument 'given' .*" + message):
-        align(draw_of(), value, "given", entry)
+        gather_argument(draw_of(), value, "given", entry)
 
 
 # ---- block masks
@@ -184,7 +185,7 @@ def mask_of(request: pytest.FixtureRequest) -> tuple[Any, Tensor]:
 def test_a_block_mask_is_rebuilt_for_the_kept_tokens(mask_of: Any, size: Any, indices: Tensor) -> None:
     make, seen = mask_of
     mask, keep = make(size), indices.shape[1]
-    aligned = align(draw_of(indices, LONG), mask, "mask", (2, 3))
+    aligned = gather_argument(draw_of(indices, LONG), mask, "mask", (2, 3))
     rows = indices.expand(BATCH, -1)
     wanted = torch.stack([seen[b][:, rows[b]][:, :, rows[b]] for b in range(BATCH)])
     assert torch.equal(dense(aligned.mask_mod, keep), wanted)
@@ -203,13 +204,13 @@ def test_a_block_mask_is_rebuilt_for_the_kept_tokens(mask_of: Any, size: Any, in
 def test_a_block_mask_of_another_length_is_refused() -> None:
     mask = create_block_mask(MASKS["window"][2], None, None, LONG, LONG + 1, device="cpu")
     with pytest.raises(LTDError, match=r"'mask' is a BlockMask for \(40, 41\) queries and keys.* 40 tokens"):
-        align(draw_of(LONG_INDICES, LONG), mask, "mask", (2, 3))
+        gather_argument(draw_of(LONG_INDICES, LONG), mask, "mask", (2, 3))
 
 
 def test_transformers_outputs_are_mappings_and_dataclasses_at_once() -> None:
     outputs = pytest.importorskip("transformers.modeling_outputs")
     value = outputs.BaseModelOutput(last_hidden_state=randn(BATCH, SEQ, DIM))  # its other fields are None
-    gathered = align(draw_of(), value, "states", (1,))
+    gathered = gather_argument(draw_of(), value, "states", (1,))
     assert type(gathered) is type(value)
     assert gathered.attentions is None
     assert torch.equal(gathered.last_hidden_state, value.last_hidden_state[torch.arange(BATCH)[:, None], INDICES])

@@ -42,7 +42,7 @@ def test_operators_reach_the_driver(tmp_path: Path) -> None:
     library = build("libcuda.cpp", tmp_path / "libcuda.so.1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-ldl")
     env = {**os.environ, "LTD_FX_CACHE": str(tmp_path / "cache"), "LTD_FX_CUDA": "1"}
     command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, library]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(NAMES)
     assert len(list((tmp_path / "cache").iterdir())) == 1

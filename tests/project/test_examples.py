@@ -12,7 +12,7 @@ from torch import nn
 
 import ltd_fx
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(*command: Any) -> str:
