@@ -44,7 +44,8 @@ def loss_of(output: Any) -> Tensor:
     """A scalar that every token of the output matters to."""
     if not isinstance(output, Tensor):
         output = output.logits
-    return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device)
+    return (output * weights.view_as(output)).sum()
 
 
 def text() -> dict[str, Any]:

@@ -122,20 +122,19 @@ class Site:
             LTDError: a recompute would draw other tokens; nobody gave the mask that the draw needs.
 
         """
-        if not torch.compiler.is_compiling():
-            if in_backward():
-                self.state.guard_recompute(True)
-                if self._earlier:
-                    raise LTDError(
-                        f"ltd_fx: activation checkpointing recomputes {self.name}, which the forward called "
-                        f"{len(self.drawn)} times: nothing tells which of its draws to repeat. Checkpoint inside the "
-                        "layer (transformers' gradient_checkpointing_enable() does)"
-                    )
-                return
-            record(self._count_call)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and in_backward():
+            self.state.guard_recompute(True)
+            if self._earlier:
+                raise LTDError(
+                    f"ltd_fx: activation checkpointing recomputes {self.name}, which the forward called "
+                    f"{len(self.drawn)} times: nothing tells which of its draws to repeat. Checkpoint inside the "
+                    "layer (transformers' gradient_checkpointing_enable() does)"
+                )
+            return
+        record(self._count_call)
+        if not compiling:
             self.state.guard_recompute(False)
-        else:
-            record(self._count_call)
 
     def _count_call(self) -> None:
         if not self.state.root:
