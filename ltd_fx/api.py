@@ -201,7 +201,7 @@ def summary(model: nn.Module) -> RewriteReport:
     root, rewrite = find_rewrite(model)
     if rewrite.places is not None:
         rewrite.places.check(root)
-    return rewrite.report()
+    return rewrite.report(root)
 
 
 def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *, atol: float = 1e-4) -> VerifyReport:

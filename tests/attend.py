@@ -130,3 +130,13 @@ def check_routed(
         ours[rows], theirs[rows], rtol=tolerance, atol=tolerance * float(theirs[rows].abs().max())
     )
     return output, args, kwargs
+
+
+def block_keys(mask: Tensor | None, kept: Tensor, causal: bool) -> Tensor:
+    """``mask`` [B, 1, S, S] with the columns of the dropped keys blocked; ``kept`` is [B, S] bool."""
+    batch, seq = kept.shape
+    if mask is None:
+        mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+    keys = kept[:, None, None, :]
+    return mask & keys if mask.dtype == torch.bool else mask.masked_fill(~keys, torch.finfo(mask.dtype).min)

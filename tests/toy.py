@@ -1,9 +1,12 @@
 """A small layer and model whose pattern the tests choose."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from ltd_fx import LayerPattern
 
@@ -74,3 +77,26 @@ class Wrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+LOOPS = 3
+STREAM = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(1))
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True)
+
+
+class Looped(nn.Module):
+    """A stack of layers that is run several times over."""
+
+    def __init__(self, checkpointed: bool = False, layer: Callable[[], nn.Module] = encoder_layer) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layer() for _ in range(3))
+        self.checkpointed = checkpointed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for _ in range(LOOPS):
+            for block in self.blocks:
+                hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointed else block(hidden)
+        return hidden

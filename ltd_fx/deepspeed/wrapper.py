@@ -9,7 +9,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.install import add_root_hook
 from ltd_fx.learn import LayerPattern, align_attention_mask, find_layers, find_pattern_maybe, forward_signature
 from ltd_fx.ops import register_inductor_decompositions
-from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_class
+from ltd_fx.passes import RoutedLayer, routed_class, swap_class
 from ltd_fx.runtime import RouteState, Site
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.weights import clean_state_dict, unwrapped, without_components

@@ -9,7 +9,7 @@ from torch import nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import CallSite
-from ltd_fx.passes.routed_layer import RoutedLayer
+from ltd_fx.passes import RoutedLayer
 
 # Tokens leave at layer `first` of a stack and return after layer `last`; the share that stays, or None: as scheduled.
 RouteSpec = tuple[int, int, float | None]

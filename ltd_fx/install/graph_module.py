@@ -11,8 +11,7 @@ from torch import fx, nn
 
 from ltd_fx.install.hooks import REWRITE, add_forward_hooks
 from ltd_fx.learn import CallSite, forward_signature, layer_in
-from ltd_fx.passes import Target, rewrite
-from ltd_fx.passes.routed_layer import SCRIPTING, SITE, refuse_replicas, refuse_scripting
+from ltd_fx.passes import SCRIPTING, SITE, Target, refuse_replicas, refuse_scripting, rewrite
 from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
 
@@ -22,8 +21,7 @@ def targets_of(layers: Sequence[CallSite], slots: Mapping[str, nn.Module]) -> di
     targets = {}
     for i, layer in enumerate(layers):
         signature = forward_signature(type(layer_in(slots[layer.name])))
-        routed = layer.known_pattern, layer.route, layer.enters, layer.leaves
-        targets[layer.name] = Target(layer.name, f"{SITE}_{i}", signature, *routed)
+        targets[layer.name] = Target(layer, signature, f"{SITE}_{i}")
     return targets
 
 
@@ -39,7 +37,7 @@ def route_graph(model: fx.GraphModule, targets: dict[str, Target], sites: list[S
     """
     original, graph = model.graph, copy.deepcopy(model.graph)
     graph.owning_module = None  # the passes name attributes that the module is given only after they succeed
-    rewrite(graph, targets)
+    rewrite(graph, targets=targets)
     _put_sites(model, sites)
     model.graph = graph
     return original
@@ -65,7 +63,6 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> fx.GraphModule:
     copied: fx.GraphModule = super(type(self), self).__deepcopy__(memo)
     rewritten = copy.deepcopy(self.__dict__[REWRITE], memo)  # as fx has copied it, with the sites that the graph calls
     _put_sites(copied, rewritten.sites)
-    rewritten.graph = copied.graph
     return _followed(copied, rewritten)
 
 
@@ -73,7 +70,7 @@ def _copy(self: Any) -> fx.GraphModule:
     copied: fx.GraphModule = super(type(self), self).__copy__()
     rewritten = copy.copy(self.__dict__[REWRITE])
     rewritten.sites = [copy.copy(site) for site in rewritten.sites]
-    rewritten.graph, rewritten.copied = copied.graph, True
+    rewritten.copied = True
     _put_sites(copied, rewritten.sites)
     return _followed(copied, rewritten)
 
@@ -92,7 +89,6 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 def _rebuild(plain: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
     slots = {site.name: site.layer for site in rewritten.sites}
     rewritten.original = route_graph(plain, targets_of(rewritten.routed, slots), rewritten.sites)
-    rewritten.graph = plain.graph
     return _followed(plain, rewritten)
 
 

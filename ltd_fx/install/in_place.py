@@ -23,9 +23,16 @@ from ltd_fx.install.hooks import (
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
 from ltd_fx.learn import CallSite, layer_in, split_inputs
-from ltd_fx.passes import rewrite as rewrite_graph
-from ltd_fx.passes.capture import call_graph, forget_objects
-from ltd_fx.passes.routed_layer import SCRIPTING, refuse_replicas, refuse_scripting, routed_class, swap_back, swap_class
+from ltd_fx.passes import (
+    SCRIPTING,
+    RoutedLayer,
+    check_calls,
+    refuse_replicas,
+    refuse_scripting,
+    routed_class,
+    swap_back,
+    swap_class,
+)
 from ltd_fx.prove import Examination
 from ltd_fx.runtime import RouteState, Site, Span
 from ltd_fx.schedule import LTDScheduler
@@ -45,7 +52,6 @@ class Rewrite:
     training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
     places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
     forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
-    graph: fx.Graph | None = None  # the rewritten call-site graph of the whole model, where there is one
     original: fx.Graph | None = None  # of an fx.GraphModule
     copied: bool = False  # by copy.deepcopy: the scheduler drives the original still
 
@@ -53,19 +59,28 @@ class Rewrite:
     def routed(self) -> list[CallSite]:
         return [layer for layer in self.layers if layer.routed]
 
-    def report(self) -> RewriteReport:
-        graphs = {site.name: getattr(site.layer, "_ltd_graph", self.graph) for site in self.sites}
-        return RewriteReport([replace(layer, graph=graphs.get(layer.name)) for layer in self.layers], self.graph)
+    def report(self, root: nn.Module) -> RewriteReport:
+        """The layers with the graphs that they run, which are ``root``'s own if it is an ``fx.GraphModule``."""
+        graphs = {site.name: _graph_of(root, site) for site in self.sites}
+        return RewriteReport([replace(layer, graph=graphs.get(layer.name)) for layer in self.layers])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``torch.save(model)``: the recorded graph holds fake tensors and is only for reading."""
-        return {**self.__dict__, "graph": None, "copied": False}
+        """For copies and ``torch.save(model)``."""
+        return {**self.__dict__, "copied": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rewrite":
         other = object.__new__(Rewrite)
         memo[id(self)] = other
         other.__dict__.update(copy.deepcopy(self.__getstate__(), memo), copied=True)
         return other
+
+
+def _graph_of(root: nn.Module, site: Site) -> fx.Graph:
+    if site.in_graph:
+        assert isinstance(root, fx.GraphModule)
+        return root.graph
+    assert isinstance(site.layer, RoutedLayer)
+    return site.layer._ltd_graph
 
 
 def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
@@ -132,7 +147,7 @@ def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if form not in rewrite.forms:
         slots = {site.name: site.layer for site in rewrite.sites}
         calls = torch.compiler.disable(Examination)(root, rewrite.routed, slots, (args, kwargs)).calls
-        rewrite_graph(call_graph(calls), targets_of(rewrite.routed, slots))
+        check_calls(calls, targets=targets_of(rewrite.routed, slots))
         rewrite.forms.add(form)
 
 
@@ -155,21 +170,19 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         LTDError: a layer cannot be routed.
 
     """
-    state, routed, graph, examination = rewrite.state, rewrite.routed, None, None
+    state, routed, examination = rewrite.state, rewrite.routed, None
     slots = {layer.name: model.get_submodule(layer.name) for layer in routed}
     if inputs is not None:
         rewrite.forms.add(_form(inputs))
         examination = Examination(model, routed, slots, inputs)
         routed = examination.accept_all(routed, shared=state.shared, protected=state.protected)
-        graph, rewrite.training = call_graph(examination.calls), examination.training
+        rewrite.training = examination.training
     sites = make_sites(routed, slots, state, in_graph=isinstance(model, fx.GraphModule))
     targets = targets_of(routed, slots)
-    if graph is not None:
-        rewrite_graph(graph, targets, {site.name: site for site in sites})
-        forget_objects(graph)
+    if examination is not None:
+        check_calls(examination.calls, targets=targets, sites={site.name: site for site in sites})
     if isinstance(model, fx.GraphModule):
         rewrite.original = route_graph(model, targets, sites)
-        graph = model.graph
     else:
         classes = [
             routed_class(type(slot), type(layer_in(slot)), layer.known_pattern, layer.enters, layer.leaves)
@@ -190,7 +203,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
     examined = {layer.name: layer for layer in routed}
     rewrite.layers = [examined.get(layer.name, layer) for layer in rewrite.layers]
-    rewrite.sites, rewrite.graph = sites, graph
+    rewrite.sites = sites
 
 
 def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:

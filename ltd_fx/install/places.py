@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.passes.routed_layer import SITE, RoutedLayer, routes
+from ltd_fx.passes import SITE, RoutedLayer, is_routed_forward
 from ltd_fx.runtime import Site
 from ltd_fx.torch_private import child_slots
 
@@ -80,6 +80,6 @@ def _parents(name: str) -> list[str]:
 
 def _routes(layer: nn.Module) -> bool:
     """Whether the layer's forward is the routed one, or a wrapper around it (``functools.wraps``)."""
-    return isinstance(layer, RoutedLayer) and routes(
+    return isinstance(layer, RoutedLayer) and is_routed_forward(
         inspect.unwrap(layer.__dict__.get("forward", layer.forward)), layer
     )

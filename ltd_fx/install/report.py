@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
 from ltd_fx.learn import CallSite, Proof
 from ltd_fx.runtime import Aligned
 
@@ -32,14 +30,9 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """All target layers of a transformed model, in order; ``str()`` is a table.
-
-    ``graph`` is the model's rewritten graph of call sites where one was captured: from ``example_inputs``, or the
-    ``fx.GraphModule``'s own.
-    """
+    """All target layers of a transformed model, in order; ``str()`` is a table."""
 
     sites: list[CallSite]
-    graph: fx.Graph | None = None
 
     def __str__(self) -> str:
         header = ("layer", "class", "tokens", "aligned", "why")

@@ -32,8 +32,8 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
 
 def layer_in(slot: nn.Module) -> nn.Module:
     """The layer that a place in the model holds: the module there, or the one in the checkpoint wrapper there."""
-    inner = slot._modules.get(CHECKPOINT_WRAPPED_MODULE)
-    return slot if inner is None else inner
+    layer: nn.Module = getattr(slot, CHECKPOINT_WRAPPED_MODULE, slot)
+    return layer
 
 
 def find_layers(model: nn.Module, layers: Layers) -> list[str]:

@@ -1,36 +1,43 @@
-"""The rewrite: ``locate``, ``align``, ``route``, ``check``, ``span``, each a function that changes one ``fx.Graph``.
+"""Graph in, graph out: ``locate``, ``align``, ``route``, ``check``, ``span``, each ``(fx.Graph, *, options) -> int``.
 
-Each lints the graph it leaves, logs (at debug level) what it did, and returns its count.
+A pass changes the graph in place and returns how many places it changed. ``rewrite`` runs all of them; ``capture``
+makes the graphs that they start from, ``routed_layer`` a class out of a layer's graph.
 """
-
-from collections.abc import Mapping
-
-from torch import fx
 
 from ltd_fx.passes.align import align
 from ltd_fx.passes.check import check
 from ltd_fx.passes.locate import Target, locate
+from ltd_fx.passes.rewrite import check_calls, rewrite
 from ltd_fx.passes.route import route
+from ltd_fx.passes.routed_layer import (
+    SCRIPTING,
+    SITE,
+    RoutedLayer,
+    is_routed_forward,
+    refuse_replicas,
+    refuse_scripting,
+    routed_class,
+    swap_back,
+    swap_class,
+)
 from ltd_fx.passes.span import span
-from ltd_fx.runtime import Site
 
-__all__ = ["Target", "align", "check", "locate", "rewrite", "route", "span"]
-
-
-def rewrite(graph: fx.Graph, targets: Mapping[str, Target], sites: Mapping[str, Site] | None = None) -> None:
-    """Run all passes over ``graph``.
-
-    Args:
-        graph: with one ``call_module`` node a call of a layer.
-        targets: the layers to route, by ``call_module`` target.
-        sites: given for a graph recorded from example inputs, to check its values too; see :func:`check`.
-
-    Raises:
-        LTDError: a call cannot be routed; discard the graph then.
-
-    """
-    locate(graph, targets)
-    align(graph)
-    route(graph)
-    check(graph, sites)
-    span(graph)  # last: what it leaves of a call has no split of its own to check
+__all__ = [
+    "SCRIPTING",
+    "SITE",
+    "RoutedLayer",
+    "Target",
+    "align",
+    "check",
+    "check_calls",
+    "is_routed_forward",
+    "locate",
+    "refuse_replicas",
+    "refuse_scripting",
+    "rewrite",
+    "route",
+    "routed_class",
+    "span",
+    "swap_back",
+    "swap_class",
+]

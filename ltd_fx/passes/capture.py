@@ -76,13 +76,6 @@ def call_graph(calls: Iterable[Call]) -> fx.Graph:
     return recorder.graph
 
 
-def forget_objects(graph: fx.Graph) -> None:
-    """Leave only tensors in ``node.meta["val"]``: other objects that layers are called with may hold anything."""
-    for node in graph.nodes:
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            node.meta.pop("val", None)
-
-
 class _Recorder:
     def __init__(self) -> None:
         self.graph = fx.Graph()

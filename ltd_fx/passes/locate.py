@@ -1,4 +1,4 @@
-"""Find the call sites of the target layers, and give each its draw.
+"""Find the calls of the layers to route, and give each its draw.
 
 before  %layer = call_module[target=layers.1](args = (%hidden, %mask))
 
@@ -8,57 +8,53 @@ after   %site  = get_attr[target=_ltd_site_1]
 """
 
 import inspect
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn import LayerPattern
+from ltd_fx.learn import CallSite, LayerPattern
 from ltd_fx.runtime import draw_tokens
 
-logger = logging.getLogger(__name__)
 META = "ltd_fx"
+_ORIGIN = ("nn_module_stack", "stack_trace")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layer to route: ``site`` is the attribute of the graph's root that holds its :class:`ltd_fx.runtime.draw.Site`.
+class Target(NamedTuple):
+    """A layer to route: its record, the signature of its ``forward``, and the root's attribute that holds its site."""
 
-    Tokens leave at it (``enters``) and return after it (``leaves``), or do so at other layers of its ``route``.
-    """
-
-    name: str
-    site: str
+    layer: CallSite
     signature: inspect.Signature
-    pattern: LayerPattern
-    route: str | None = None
-    enters: bool = True
-    leaves: bool = True
+    site: str
 
 
 @dataclass
-class CallSite:
-    """A located call: the node of the layer, of its draw, and (from ``route`` on) of its split and merge.
+class LocatedCall:
+    """A call of a layer: its node, that of its draw, and (from ``route`` on) those of its split and merge.
 
     ``full`` has the arguments as they were before any was gathered.
     """
 
-    target: Target
+    layer: CallSite
+    signature: inspect.Signature
     call: fx.Node
     draw: fx.Node
     full: dict[str, Any] = field(default_factory=dict)
     split: fx.Node | None = None
     merge: fx.Node | None = None
 
+    @property
+    def pattern(self) -> LayerPattern:
+        return self.layer.known_pattern
+
     def arguments(self) -> dict[str, Any]:
         """What the call passes, by the layer's parameter names, positional ones first.
 
         What the layer takes through ``**kwargs`` has its own name, what it takes through ``*args`` that of its place.
         """
-        parameters = self.target.signature.parameters
+        parameters = self.signature.parameters
         positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         extra = [f"*args[{i}]" for i in range(len(self.call.args) - len(positional))]
         return {**dict(zip([*positional, *extra], self.call.args, strict=False)), **self.call.kwargs}
@@ -69,15 +65,27 @@ class CallSite:
         else:
             self.call.update_arg(list(self.arguments()).index(name), value)
 
+    def insert(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of ``function`` at the graph's insertion point, with the layer call's origin."""
+        return self._from_here(self.call.graph.call_function(function, args))
 
-def call_sites(graph: fx.Graph) -> Iterator[CallSite]:
-    """The sites that :func:`locate` found in ``graph``, in order of execution."""
+    def insert_attribute(self, name: str) -> fx.Node:
+        """A reference to the root's attribute ``name``, which it is given once the graph is accepted."""
+        return self._from_here(self.call.graph.create_node("get_attr", name))
+
+    def _from_here(self, node: fx.Node) -> fx.Node:
+        node.meta.update({key: self.call.meta[key] for key in _ORIGIN if key in self.call.meta})
+        return node
+
+
+def located_calls(graph: fx.Graph) -> Iterator[LocatedCall]:
+    """The calls that :func:`locate` found in ``graph``, in order of execution."""
     for node in list(graph.nodes):
         if META in node.meta:
             yield node.meta[META]
 
 
-def locate(graph: fx.Graph, targets: Mapping[str, Target]) -> int:
+def locate(graph: fx.Graph, *, targets: Mapping[str, Target]) -> int:
     """Mark the calls of ``targets`` (by ``call_module`` target) and insert their draws.
 
     Returns:
@@ -93,27 +101,21 @@ def locate(graph: fx.Graph, targets: Mapping[str, Target]) -> int:
     uncalled = targets.keys() - {node.target for node in nodes if node.op == "call_module"}
     if uncalled:
         raise LTDError(f"ltd_fx: {min(uncalled)} is never called; leave it out with transform(..., layers=...)")
-    count = 0
-    for node in nodes:
-        if node.op != "call_module" or node.target not in targets:
-            continue
-        target = targets[node.target]
-        pattern = target.pattern
-        site = CallSite(target, node, node)
-        site.full = arguments = site.arguments()
+    calls = [node for node in nodes if node.op == "call_module" and node.target in targets]
+    for node in calls:
+        layer, signature, site = targets[str(node.target)]
+        located = LocatedCall(layer, signature, node, node)
+        located.full = arguments = located.arguments()
+        pattern = located.pattern
         if not isinstance(arguments.get(pattern.hidden), fx.Node):
             raise LTDError(
-                f"ltd_fx: {target.name} is called without {pattern.hidden!r}, which its LayerPattern says holds the "
+                f"ltd_fx: {layer.name} is called without {pattern.hidden!r}, which its LayerPattern says holds the "
                 "hidden states; correct `hidden`"
             )
+        cache = None if pattern.cache is None else arguments.get(pattern.cache)
         with graph.inserting_before(node):
-            holder = graph.create_node("get_attr", target.site)
-            args = [holder, arguments[pattern.hidden], pattern.batch_first]
-            if pattern.cache is not None and arguments.get(pattern.cache) is not None:
-                args.append(arguments[pattern.cache])
-            site.draw = graph.call_function(draw_tokens, tuple(args))
-        node.meta[META] = site
-        count += 1
-    graph.lint()
-    logger.debug("locate: %d call sites", count)
-    return count
+            holder = located.insert_attribute(site)
+            given = (holder, arguments[pattern.hidden], pattern.batch_first)
+            located.draw = located.insert(draw_tokens, *given, *(() if cache is None else (cache,)))
+        node.meta[META] = located
+    return len(calls)

@@ -1,54 +1,56 @@
 """Let the layer see the kept tokens only, and put its output back among the others.
 
-before  %layer  = call_module[target=layers.1](args = (%hidden, %align))
+before  %layer  = call_module[target=layers.1](args = (%hidden, %mask_1))
         return %layer
 
 after   %split  = call_function[target=split_hidden](args = (%draw, %hidden, True))
         %rest   = call_function[target=getitem](args = (%split, 0))
         %kept   = call_function[target=getitem](args = (%split, 1))
-        %layer  = call_module[target=layers.1](args = (%kept, %align))
+        %layer  = call_module[target=layers.1](args = (%kept, %mask_1))
         %merged = call_function[target=merge_output](args = (%draw, %rest, %layer, 0, True))
         return %merged
 """
 
-import logging
 import operator
 
 from torch import fx
 
-from ltd_fx.passes.locate import call_sites
+from ltd_fx.passes.locate import located_calls
 from ltd_fx.runtime import merge_output, split_hidden
-
-logger = logging.getLogger(__name__)
 
 
 def route(graph: fx.Graph) -> int:
     """Wrap each located call in split and merge.
+
+    Where nodes have a ``val``, the merge has the layer's, and the layer, which sees the kept tokens only, has none: how
+    many these are is known in a forward.
 
     Returns:
         How many calls are routed.
 
     """
     count = 0
-    for site in call_sites(graph):
-        pattern = site.target.pattern
-        _, hidden, *_ = site.draw.args  # an earlier site may have replaced it since
-        returned = tuple((slot, name and site.full.get(name)) for slot, name in pattern.returned.items())
-        with graph.inserting_before(site.call):
-            site.split = graph.call_function(split_hidden, (site.draw, hidden, pattern.batch_first))
-            rest = graph.call_function(operator.getitem, (site.split, 0))
-            kept = graph.call_function(operator.getitem, (site.split, 1))
-        site.replace_argument(pattern.hidden, kept)
-        with graph.inserting_after(site.call):
+    for located in located_calls(graph):
+        pattern, call = located.pattern, located.call
+        _, hidden, *_ = located.draw.args  # an earlier call may have replaced it since
+        returned = tuple((slot, name and located.full.get(name)) for slot, name in pattern.returned.items())
+        with graph.inserting_before(call):
+            located.split = located.insert(split_hidden, located.draw, hidden, pattern.batch_first)
+            rest = located.insert(operator.getitem, located.split, 0)
+            kept = located.insert(operator.getitem, located.split, 1)
+        located.replace_argument(pattern.hidden, kept)
+        with graph.inserting_after(call):
             further = (returned, pattern.dropped) if returned or pattern.dropped else ()
-            args = (site.draw, rest, site.call, pattern.output, pattern.batch_first, *further)
-            site.merge = graph.call_function(merge_output, args)
-        for user in list(site.call.users):
-            if user is not site.merge:
-                user.replace_input_with(site.call, site.merge)
-        if "val" in site.call.meta:
-            site.merge.meta["val"] = site.call.meta["val"]
+            merge = located.insert(
+                merge_output, located.draw, rest, call, pattern.output, pattern.batch_first, *further
+            )
+        for user in list(call.users):
+            if user is not merge:
+                user.replace_input_with(call, merge)
+        located.merge = merge
+        if "val" in call.meta:
+            merge.meta["val"] = call.meta.pop("val")
+        if isinstance(hidden, fx.Node) and "val" in hidden.meta:
+            rest.meta["val"] = hidden.meta["val"]
         count += 1
-    graph.lint()
-    logger.debug("route: %d calls", count)
     return count

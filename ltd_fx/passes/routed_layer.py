@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn import LayerPattern, forward_signature
-from ltd_fx.passes import Target, rewrite
+from ltd_fx.learn import CallSite, LayerPattern, forward_signature
 from ltd_fx.passes.capture import ARGS, KWARGS, LAYER, layer_graph
+from ltd_fx.passes.locate import Target
+from ltd_fx.passes.rewrite import rewrite
 from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
 from ltd_fx.tree import leaves
@@ -76,7 +77,7 @@ class RoutedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (base class, pattern, attributes): the swapped-in class itself has no importable name."""
-        attributes = {name: value for name, value in self.__dict__.items() if not routes(value, self)}
+        attributes = {name: value for name, value in self.__dict__.items() if not is_routed_forward(value, self)}
         return _rebuild, type(self)._ltd_arguments, attributes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,7 +124,10 @@ def routed_class(
         return _classes[arguments]
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
-    rewrite(graph, {LAYER: Target(layer_class.__name__, SITE, signature, pattern, None, enters, leaves)})
+    name = layer_class.__name__
+    # of the other layers of its route, which are in graphs of their own, it is only known whether there are some
+    layer = CallSite(name, name, "", True, pattern=pattern, route=None if enters else "", leaves=leaves)
+    rewrite(graph, targets={LAYER: Target(layer, signature, SITE)})
     namespace = {
         # not the base's: below a class of torch.nn.modules, Dynamo takes every tensor's shape, and so the reserved
         # length, to be static
@@ -180,7 +184,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
-def routes(forward: Any, layer: nn.Module) -> bool:
+def is_routed_forward(forward: Any, layer: nn.Module) -> bool:
     """Whether ``forward`` is what :func:`swap_class` gave to ``layer``."""
     if getattr(forward, "__code__", None) is not _BOUND:
         return False

@@ -2,7 +2,7 @@
 
 before  %out    = merge_output(%draw, %rest, %layer, 0, True)
         %draw_1 = draw_tokens(%site_1, %out, True)
-        %mask_1 = align(%draw_1, %mask, mask, (2, 3))
+        %mask_1 = gather_argument(%draw_1, %mask, mask, (2, 3))
         %split_1 = split_hidden(%draw_1, %out, True)
         %layer_1 = call_module[target=layers.2](args = (%kept_1, %mask_1))
         %out_1  = merge_output(%draw_1, %rest_1, %layer_1, 0, True)
@@ -14,17 +14,14 @@ after   %out    = merge_output(%draw, None, %layer, 0, True)           stays at 
 In the graph of one layer the neighbours are out of sight: ``hand_over`` and ``take_over`` stand for the edges.
 """
 
-import logging
 import operator
 from typing import Any
 
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.passes.locate import CallSite, call_sites
+from ltd_fx.passes.locate import LocatedCall, located_calls
 from ltd_fx.runtime import hand_over, rest_of, take_over
-
-logger = logging.getLogger(__name__)
 
 
 def span(graph: fx.Graph) -> int:
@@ -35,41 +32,38 @@ def span(graph: fx.Graph) -> int:
 
     Raises:
         LTDError: a layer of a route does not take the hidden states that the layer before it returned, or somebody else
-            takes them too.
+            takes them too, or the layers are called in another order.
 
     """
     count = 0
-    before: dict[str | None, tuple[CallSite, fx.Node | None]] = {}
-    for site in call_sites(graph):
-        route = site.target.route
-        assert site.split is not None
-        assert site.merge is not None
-        rest: fx.Node | None = _rest(site.split)
-        if not site.target.enters:
-            if route in before:
-                previous, rest = before[route]
-                _check_chain(site, previous)
+    under_way: dict[str | None, tuple[LocatedCall, fx.Node | None]] = {}  # the latest call of a route, and what waits
+    for located in located_calls(graph):
+        layer = located.layer
+        assert located.split is not None
+        rest: fx.Node | None = _rest(located.split)
+        if layer.route and layer.enters == (layer.route in under_way):
+            raise LTDError(
+                f"ltd_fx: {layer.name} is called out of order on the route that starts at {layer.route}; leave it out, "
+                "or give the layers routes of their own, in transform(..., routes=...)"
+            )
+        if not layer.enters:
+            if layer.route:
+                previous, rest = under_way.pop(layer.route)
+                _check_chain(located, previous)
                 draw = previous.draw
-            else:
-                with graph.inserting_before(site.draw):
-                    holder, hidden, *_ = site.draw.args
-                    draw = graph.call_function(take_over, (holder, hidden, site.target.leaves))
-                    rest = graph.call_function(rest_of, (draw,)) if site.target.leaves else None
-            _cancel(graph, site, draw, rest)
+            else:  # in the graph of one layer, its neighbours are in others
+                with graph.inserting_before(located.draw):
+                    holder, hidden, *_ = located.draw.args
+                    draw = located.insert(take_over, holder, hidden, layer.leaves)
+                    rest = located.insert(rest_of, draw) if layer.leaves else None
+            _cancel(graph, located, draw, rest)
             count += 1
-        if not site.target.leaves:
-            site.merge.update_arg(1, None)
-            if route is not None:
-                before[route] = site, rest
+        if not layer.leaves:
+            _keep_out(located)
+            if layer.route:
+                under_way[layer.route] = located, rest
             else:
-                users = list(site.merge.users)
-                slot = site.target.pattern.output
-                with graph.inserting_after(site.merge):
-                    held = graph.call_function(hand_over, (site.draw.args[0], site.draw, rest, site.merge, slot))
-                for user in users:
-                    user.replace_input_with(site.merge, held)
-    graph.lint()
-    logger.debug("span: %d pairs", count)
+                _hand_over(graph, located, rest)
     return count
 
 
@@ -77,20 +71,39 @@ def _rest(split: fx.Node) -> fx.Node:
     return next(user for user in split.users if user.target is operator.getitem and user.args[1] == 0)
 
 
-def _cancel(graph: fx.Graph, site: CallSite, draw: fx.Node, rest: fx.Node | None) -> None:
-    assert site.split is not None
-    hidden: Any = site.split.args[1]
-    for user in list(site.split.users):
+def _keep_out(located: LocatedCall) -> None:
+    """Have the merge return the kept tokens alone, whose number is known in a forward."""
+    assert located.merge is not None
+    located.merge.update_arg(1, None)
+    for node in (located.merge, *(user for user in located.merge.users if user.target is operator.getitem)):
+        node.meta.pop("val", None)
+
+
+def _hand_over(graph: fx.Graph, located: LocatedCall, rest: fx.Node | None) -> None:
+    """Leave it all to the next layer, which is in another graph."""
+    merge, holder = located.merge, located.draw.args[0]
+    assert merge is not None
+    users = list(merge.users)
+    with graph.inserting_after(merge):
+        held = located.insert(hand_over, holder, located.draw, rest, merge, located.pattern.output)
+    for user in users:
+        user.replace_input_with(merge, held)
+
+
+def _cancel(graph: fx.Graph, located: LocatedCall, draw: fx.Node, rest: fx.Node | None) -> None:
+    assert located.split is not None
+    assert located.merge is not None
+    hidden: Any = located.split.args[1]
+    for user in list(located.split.users):
         if user.args[1] == 1:
             user.replace_all_uses_with(hidden)
             graph.erase_node(user)
-    assert site.merge is not None
-    own_rest: Any = site.merge.args[1]
-    site.merge.update_arg(1, rest)
+    own_rest: Any = located.merge.args[1]
+    located.merge.update_arg(1, rest)
     graph.erase_node(own_rest)
-    graph.erase_node(site.split)
-    site.split = None
-    own, site.draw = site.draw, draw
+    graph.erase_node(located.split)
+    located.split = None
+    own, located.draw = located.draw, draw
     own.replace_all_uses_with(draw)
     holder: Any = own.args[0]
     graph.erase_node(own)
@@ -103,24 +116,27 @@ def _reuse(graph: fx.Graph, draw: fx.Node) -> None:
     """Gather an argument once for all layers that share the draw."""
     gathered: dict[Any, fx.Node] = {}
     for node in list(draw.users):
-        key = (node.target, repr(node.args))  # nodes have unique names
-        if gathered.setdefault(key, node) is not node:
-            node.replace_all_uses_with(gathered[key])
+        try:
+            first = gathered.setdefault((node.target, node.args), node)  # nodes in it are compared by identity
+        except TypeError:  # a constant without a hash, which a slice has not before Python 3.12
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
             graph.erase_node(node)
 
 
-def _check_chain(site: CallSite, previous: CallSite) -> None:
-    assert site.split is not None
+def _check_chain(located: LocatedCall, previous: LocatedCall) -> None:
+    assert located.split is not None
     assert previous.merge is not None
-    hidden: Any = site.split.args[1]
-    slot = previous.target.pattern.output
+    hidden: Any = located.split.args[1]
+    slot = previous.pattern.output
     if hidden is not previous.merge and (hidden.target, hidden.args) != (operator.getitem, (previous.merge, slot)):
         what = "does not take its hidden states as they are"
-    elif hidden.users.keys() - {site.draw, site.split}:
+    elif hidden.users.keys() - {located.draw, located.split}:
         what = "others take the hidden states between them too"
     else:
         return
     raise LTDError(
-        f"ltd_fx: {site.target.name} follows {previous.target.name} on a route, but {what}; end the route there, with "
+        f"ltd_fx: {located.layer.name} follows {previous.layer.name} on a route, but {what}; end the route there, with "
         "two of them in transform(..., routes=...)"
     )

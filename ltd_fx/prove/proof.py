@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import Call, LayerPattern, Proof, Sandbox, forward_signature, is_stream, layer_in
-from ltd_fx.passes.routed_layer import RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.passes import RoutedLayer, routed_class, swap_back, swap_class
 from ltd_fx.prove.reference import DefaultDtype, NotVerifiableError, Scores, dense_reference, run_plain
 from ltd_fx.runtime import RouteState, Site
 from ltd_fx.torch_private import hooks_of

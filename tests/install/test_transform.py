@@ -48,16 +48,6 @@ def test_summary_is_a_table_of_every_layer(case: Case) -> None:
     assert "split_hidden" in str(report.sites[1].graph)
 
 
-def test_example_inputs_give_the_graph_of_call_sites(case: Case) -> None:
-    model = ltd_fx.transform(case.model(), example_inputs=case.inputs())
-    graph = ltd_fx.summary(model).graph
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    assert [node.target for node in calls] == [f"{case.layers}.1", f"{case.layers}.2"]
-    merges = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "merge_output"]
-    splits = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "split_hidden"]
-    assert splits[1].args[1] is merges[0]  # an edge from the first routed layer to the second
-
-
 def test_selecting_layers() -> None:
     def routed(**options: Any) -> list[str]:
         model = ltd_fx.transform(Net(), **options)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attend import Attention, causal, check_routed, tables
-from test_reference import block_keys
+from attend import Attention, block_keys, causal, check_routed, tables
 from torch import Tensor, nn
 
 import ltd_fx

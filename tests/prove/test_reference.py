@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attend import block_keys
 from conftest import BATCH, CASES, DECODERS, SEQ, Case, decoder, text
 from torch import Tensor, nn
 
@@ -28,16 +29,6 @@ def captured_call(model: nn.Module, layer: nn.Module, inputs: dict[str, Any]) ->
     return named.pop(names[0]), {
         name: value for name, value in named.items() if name not in ("cache", "past_key_values")
     }
-
-
-def block_keys(mask: Tensor | None, kept: Tensor, causal: bool) -> Tensor:
-    """``mask`` [B, 1, S, S] with the columns of the dropped keys blocked; ``kept`` is [B, S] bool."""
-    batch, seq = kept.shape
-    if mask is None:
-        mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool)
-        mask = mask.tril() if causal else mask
-    keys = kept[:, None, None, :]
-    return mask & keys if mask.dtype == torch.bool else mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
 
 
 def compare(name: str, case: Case, inputs: dict[str, Any], length: int | None, mask_name: str, **options: Any) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import decoder, text
-from test_repeated import STREAM, Looped
-from toy import snapshot
+from toy import STREAM, Looped, snapshot
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler

@@ -1,7 +1,6 @@
 """A layer that a forward calls several times draws anew at each call, and each call counts in layer tokens."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,33 +8,12 @@ import torch
 from conftest import loss_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
-from toy import Rows
+from toy import LOOPS, STREAM, Looped, Rows
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
 
-LOOPS, SEQ = 3, 12
-STREAM = torch.randn(2, SEQ, 16, generator=torch.Generator().manual_seed(1))
-
-
-def encoder_layer() -> nn.Module:
-    return nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True)
-
-
-class Looped(nn.Module):
-    """A stack of layers that is run several times over."""
-
-    def __init__(self, checkpointed: bool = False, layer: Callable[[], nn.Module] = encoder_layer) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(layer() for _ in range(3))
-        self.checkpointed = checkpointed
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for _ in range(LOOPS):
-            for block in self.blocks:
-                hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointed else block(hidden)
-        return hidden
+SEQ = STREAM.shape[1]
 
 
 def looped(*args: Any) -> tuple[Any, LTDScheduler]:
