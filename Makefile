@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools/bin
 LOCK := requirements.lock
 
-.PHONY: demo test test-all lint lock canary matrix peers bench bench-cuda clean
+.PHONY: demo test test-all lint docs package lock canary matrix peers bench bench-cuda clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -17,10 +17,23 @@ test: $(VENV)/.dev ## the default test suite
 test-all: $(VENV)/.dev ## also the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
-lint: $(VENV)/.dev ## style and types
+lint: $(VENV)/.dev ## style, types, and the arrows between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev ## the pages of docs/ as a site, in build/site; any warning fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: $(VENV)/.dev ## what is published, checked, and tried in an environment that has nothing else
+	rm -rf dist $(VENV)/package
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)/package
+	$(VENV)/package/bin/python -m pip install --quiet --constraint $(LOCK) dist/*.whl
+	$(VENV)/package/bin/ltd-fx env
+	$(VENV)/package/bin/python -I tests/project/smoke.py
 
 # pip-compile does not read the constraints in pip's configuration
 HELD = $(addprefix --constraint=,$(shell $(PYTHON) -m pip config list | sed -n "s/^global.constraint='\(.*\)'/\1/p"))
@@ -32,9 +45,9 @@ lock: $(VENV)/.tools ## requirements.lock: the newest versions that fit together
 canary: $(VENV)/.tools ## the compatibility suite on the newest of everything: what broke, in which package
 	$(TOOLS)/nox --envdir $(VENV)/nox --session canary
 
-matrix: $(VENV)/.tools ## the same on the oldest and newest torch and libraries, and the README's table from it
+matrix: $(VENV)/.tools ## the same on the oldest and newest torch and libraries, and docs/versions.md from it
 	$(TOOLS)/nox --envdir $(VENV)/nox --session matrix
-	PYTHONPATH=tests $(TOOLS)/python -m compat.readme build/compat/torch-*.json
+	PYTHONPATH=tests $(TOOLS)/python -m compat.table build/compat/torch-*.json
 
 peers: $(VENV)/.peers ## other libraries' own tests with every model transformed, and docs/peers.md (SUITE=llama: one of them)
 	PYTHONPATH=tests $(BIN)/python -m peer_suites.run $(SUITE)

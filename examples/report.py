@@ -74,15 +74,8 @@ class Result:
     graphs: int
 
 
-def realised_efficiency(dense: Result, routed: Result, ideal_seconds: float) -> float | None:
-    """The share of the possible saving that was realised; ``None`` where none is possible."""
-    possible = dense.seconds[-1] - ideal_seconds
-    return (dense.seconds[-1] - routed.seconds[-1]) / possible if possible > 0 else None
-
-
 def table(dense: Result, routed: Result, ideal_seconds: float) -> str:
     """The comparison as text."""
-    efficiency = realised_efficiency(dense, routed, ideal_seconds)
     share = routed.layer_tokens[-1] / dense.layer_tokens[-1]
     rows = [
         ("", "dense", "routed", "ideal"),
@@ -91,7 +84,6 @@ def table(dense: Result, routed: Result, ideal_seconds: float) -> str:
         ("layer tokens", f"{dense.layer_tokens[-1]:,}", f"{routed.layer_tokens[-1]:,}", ""),
         ("  of dense", "100%", f"{share:.0%}", ""),
         ("graphs compiled", str(dense.graphs), str(routed.graphs), ""),
-        ("realised efficiency", "", "n/a" if efficiency is None else f"{efficiency:.2f}", "1.00"),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
@@ -106,8 +98,7 @@ def table(dense: Result, routed: Result, ideal_seconds: float) -> str:
 
 _NOTES = """
 wall-clock: training steps only, without compilation and validation.
-ideal: dense, less what the routed layers take less on their first k tokens with no routing, measured while training.
-realised efficiency: (dense - routed) / (dense - ideal), in wall-clock; a busy machine makes it noisy, also above 1."""
+ideal: dense, less what the routed layers take less on their first k tokens with no routing, measured while training."""
 
 
 def plot(dense: Result, routed: Result, path: Path) -> None:
@@ -133,6 +124,5 @@ def write_metrics(dense: Result, routed: Result, ideal: dict[str, Any], settings
         "dense": asdict(dense),
         "routed": asdict(routed),
         "ideal": ideal,
-        "realised_efficiency": realised_efficiency(dense, routed, ideal["seconds"]),
     }
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="ascii")

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1, where ``inspect`` finds a layer that is not proven right; 2, what cannot be done.
 
     """
-    parser = argparse.ArgumentParser(prog="python -m ltd_fx", description="Random layerwise token dropping.")
+    parser = argparse.ArgumentParser(prog="ltd-fx", description="Random layerwise token dropping.")
     commands = parser.add_subparsers(required=True)
     for name, (module, purpose) in _COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=module.__doc__)

@@ -14,7 +14,7 @@ from ltd_fx.cuda import kernels_on
 from ltd_fx.version import __version__
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate", "timm", "matplotlib", "deepspeed")
-_SWITCHES = ("LTD_FX_CUDA", "LTD_FX_LOWERING", "LTD_FX_CACHE")
+_SWITCHES = ("LTD_FX_CUDA", "LTD_FX_LOWERING", "LTD_FX_CACHE", "LTD_FX_PASSES")
 
 
 def add(parser: argparse.ArgumentParser) -> None:

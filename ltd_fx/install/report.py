@@ -9,7 +9,7 @@ from ltd_fx.runtime import Aligned
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The proofs of all routed layers, in order; ``str()`` is a table."""
+    """The proofs of all routed layers, in order (``sites``); ``str()`` is a table."""
 
     sites: list[Proof]
 
@@ -30,7 +30,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """All target layers of a transformed model, in order; ``str()`` is a table."""
+    """All target layers of a transformed model, in order (``sites``); ``str()`` is a table."""
 
     sites: list[CallSite]
 

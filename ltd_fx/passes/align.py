@@ -26,6 +26,9 @@ from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gath
 def align(graph: fx.Graph) -> int:
     """Gather the arguments that follow the tokens, for each located call.
 
+    Args:
+        graph: after ``locate``; it is changed in place.
+
     Returns:
         How many arguments are gathered.
 

@@ -2,7 +2,7 @@
 
 %split  = call_function[target=split_hidden](args = (%draw, %hidden, True))           hidden: 3-D floating point?
 %mask_1 = call_function[target=gather_argument](args = (%draw, %mask, mask, (2, 3)))  mask: S in both dimensions?
-%layer  = call_module[target=layers.1](args = (%kept, %align))                  reads no full-length value?
+%layer  = call_module[target=layers.1](args = (%kept, %mask_1))                              reads no full-length value?
 """
 
 from collections.abc import Mapping

@@ -88,6 +88,10 @@ def located_calls(graph: fx.Graph) -> Iterator[LocatedCall]:
 def locate(graph: fx.Graph, *, targets: Mapping[str, Target]) -> int:
     """Mark the calls of ``targets`` (by ``call_module`` target) and insert their draws.
 
+    Args:
+        graph: with one ``call_module`` node a call of a layer; it is changed in place.
+        targets: the layers to route, by that node's target.
+
     Returns:
         How many calls were found.
 

@@ -25,6 +25,9 @@ def route(graph: fx.Graph) -> int:
     Where nodes have a ``val``, the merge has the layer's, and the layer, which sees the kept tokens only, has none: how
     many these are is known in a forward.
 
+    Args:
+        graph: after ``align``; it is changed in place.
+
     Returns:
         How many calls are routed.
 

@@ -27,6 +27,9 @@ from ltd_fx.runtime import hand_over, rest_of, take_over
 def span(graph: fx.Graph) -> int:
     """Join the routed calls of each route over several layers.
 
+    Args:
+        graph: after ``route``; it is changed in place.
+
     Returns:
         How many pairs of merge and split are cancelled, or left to neighbours out of sight.
 

@@ -17,7 +17,7 @@ from ltd_fx.tree import items_of, leaves, like
 class Aligned(NamedTuple):
     """How a tensor follows the tokens, in full; a plain tuple of dimensions says as much for the usual tensor.
 
-    Args:
+    Attributes:
         dims: the dimensions that carry the sequence.
         batch: the dimension that carries the batch, of size B, 1, or a multiple of B such as batch times heads;
             ``None``: there is none, so where each sequence has its own draw a batch dimension is put in front.

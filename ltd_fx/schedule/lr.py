@@ -85,7 +85,7 @@ class LayerTokenLR(LRScheduler):
         self._untouched = scheduler.consumed_layer_tokens
 
     def ratio_at(self, layer_tokens: int) -> float:
-        """The share of the base rate after so many layer tokens. Pure."""
+        """The share of the base rate after ``layer_tokens``, a number between 0 and 1. Pure."""
         if layer_tokens < self.warmup_layer_tokens:
             return layer_tokens / self.warmup_layer_tokens
         span = self.total_layer_tokens - self.warmup_layer_tokens

@@ -29,6 +29,10 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
     Of a sharded model (FSDP2, tensor parallel) it is a collective: every rank must call it, and the first writes whole
     tensors, gathered one by one to its CPU. Of any other, a rank that calls it writes.
 
+    Args:
+        model_or_state_dict: as :func:`clean_state_dict` takes it.
+        path: ends in ``.safetensors`` or ``.pt``.
+
     Raises:
         LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, the path cannot be written (on every rank), or
             ZeRO-3 holds parts of the parameters.
@@ -87,6 +91,10 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load what :func:`save_clean` wrote, into a model wrapped, transformed, sharded, or none of them.
 
     Each rank reads the file, and a sharded model takes its part of each tensor: no rank waits for another.
+
+    Args:
+        model: is given the weights, in place.
+        path: ends in ``.safetensors`` or ``.pt``.
 
     Raises:
         LTDError: the file cannot be read, its keys or shapes are not the model's, or ZeRO-3 holds parts of its

@@ -45,6 +45,12 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
     Values stay what they are: a sharded model's (FSDP2, tensor parallel) are ``DTensor``, as
     ``torch.distributed.checkpoint`` takes them. ``AveragedModel``'s ``n_averaged`` is no weight, and left out.
 
+    Args:
+        model_or_state_dict: a module, wrapped or not, or what its ``state_dict()`` gave; it stays as it is.
+
+    Returns:
+        The same tensors, by name.
+
     Raises:
         LTDError: two keys become the same, or ZeRO-3 holds parts of the parameters.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compat.deprecations import deprecations
-from compat.readme import result, table
+from compat.table import result, table
 
 LIBRARY = """
 import functools, logging, warnings

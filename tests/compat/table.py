@@ -1,4 +1,4 @@
-"""README.md's table of tested versions, from the JSON files that the plugin wrote; the exit code says if any failed."""
+"""The table in ``docs/versions.md``, from the JSON files that the plugin wrote; the exit code says if any failed."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from compat import PACKAGES
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "versions.md"
 START, END = "<!-- versions: written by make matrix -->\n", "<!-- /versions -->\n"
 
 
@@ -30,11 +30,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def main(paths: list[str]) -> int:
     runs = [json.loads(Path(path).read_text()) for path in paths]
-    text, number = re.subn(
-        f"(?s){re.escape(START)}.*?{re.escape(END)}", lambda _: START + table(runs) + END, README.read_text()
-    )
+    marked = f"(?s){re.escape(START)}.*?{re.escape(END)}"
+    text, number = re.subn(marked, lambda _: START + table(runs) + END, PAGE.read_text())
     assert number == 1
-    README.write_text(text)
+    PAGE.write_text(text)
     return int(any(lines for run in runs for lines in run["failed"].values()))
 
 
