@@ -5,5 +5,3 @@ Importing it registers them; it neither loads them nor touches CUDA.
 
 from ltd_fx.cuda import ops
 from ltd_fx.cuda.driver import kernels_on
-
-__all__ = ["kernels_on", "ops"]

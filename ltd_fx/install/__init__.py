@@ -7,17 +7,3 @@ from ltd_fx.install.choose import RouteSpec, choose
 from ltd_fx.install.hooks import add_root_hook
 from ltd_fx.install.in_place import attach, find_rewrite, find_rewrite_maybe, find_scheduler, install, uninstall
 from ltd_fx.install.report import RewriteReport, VerifyReport
-
-__all__ = [
-    "RewriteReport",
-    "RouteSpec",
-    "VerifyReport",
-    "add_root_hook",
-    "attach",
-    "choose",
-    "find_rewrite",
-    "find_rewrite_maybe",
-    "find_scheduler",
-    "install",
-    "uninstall",
-]

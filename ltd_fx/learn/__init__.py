@@ -12,38 +12,3 @@ from ltd_fx.learn.observe import Call, describe, is_stream, observe, observe_val
 from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe, is_registered, register_pattern
 from ltd_fx.learn.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.learn.sandbox import Sandbox, tensors_in
-
-__all__ = [
-    "Call",
-    "CallSite",
-    "LayerPattern",
-    "Layers",
-    "Probe",
-    "Proof",
-    "Sandbox",
-    "align_attention_mask",
-    "batch_probes",
-    "by_name",
-    "describe",
-    "find_layers",
-    "find_pattern_maybe",
-    "find_stacks",
-    "forward_signature",
-    "infer_pattern",
-    "is_registered",
-    "is_stream",
-    "layer_in",
-    "length_probes",
-    "likeness",
-    "observe",
-    "observe_values",
-    "per_head",
-    "register_pattern",
-    "run_forward",
-    "shapes",
-    "split_inputs",
-    "stream",
-    "structure",
-    "tensors_in",
-    "with_positions",
-]

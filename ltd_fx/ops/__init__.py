@@ -14,21 +14,3 @@ from ltd_fx.ops.arguments import (
 from ltd_fx.ops.lowering import register_inductor_decompositions
 from ltd_fx.ops.sampling import draw_key
 from ltd_fx.ops.tokens import check_indices, check_kept, check_sample, gather_kernel, lib, sample_kernel, scatter_kernel
-
-__all__ = [
-    "aligned_kernel",
-    "check_aligned",
-    "check_indices",
-    "check_kept",
-    "check_mask",
-    "check_sample",
-    "draw_key",
-    "gather_by_indexing",
-    "gather_kernel",
-    "gathered_shape",
-    "lib",
-    "mask_kernel",
-    "register_inductor_decompositions",
-    "sample_kernel",
-    "scatter_kernel",
-]

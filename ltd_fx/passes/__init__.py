@@ -21,23 +21,3 @@ from ltd_fx.passes.routed_layer import (
     swap_class,
 )
 from ltd_fx.passes.span import span
-
-__all__ = [
-    "SCRIPTING",
-    "SITE",
-    "RoutedLayer",
-    "Target",
-    "align",
-    "check",
-    "check_calls",
-    "is_routed_forward",
-    "locate",
-    "refuse_replicas",
-    "refuse_scripting",
-    "rewrite",
-    "route",
-    "routed_class",
-    "span",
-    "swap_back",
-    "swap_class",
-]

@@ -5,8 +5,3 @@ Nothing is installed that failed here.
 
 from ltd_fx.prove.examine import Examination
 from ltd_fx.prove.proof import prove
-
-__all__ = [
-    "Examination",
-    "prove",
-]

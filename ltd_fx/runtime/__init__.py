@@ -11,25 +11,3 @@ from ltd_fx.runtime.records import Draw, Site, Span
 from ltd_fx.runtime.replay import sampled_indices
 from ltd_fx.runtime.split_merge import merge_output, split_hidden
 from ltd_fx.runtime.state import Protect, RouteState
-
-__all__ = [
-    "Aligned",
-    "Draw",
-    "Protect",
-    "RouteState",
-    "Site",
-    "Span",
-    "draw_tokens",
-    "gather_argument",
-    "gather_arguments",
-    "gather_extra",
-    "gather_extras",
-    "gather_from_ranks",
-    "hand_over",
-    "hidden_shape",
-    "merge_output",
-    "rest_of",
-    "sampled_indices",
-    "split_hidden",
-    "take_over",
-]

@@ -7,13 +7,3 @@ from ltd_fx.schedule.length import ReservedLength
 from ltd_fx.schedule.lr import LayerTokenLR
 from ltd_fx.schedule.planner import DEVICES, Model, Plan, make_plan
 from ltd_fx.schedule.scheduler import LTDScheduler
-
-__all__ = [
-    "DEVICES",
-    "LTDScheduler",
-    "LayerTokenLR",
-    "Model",
-    "Plan",
-    "ReservedLength",
-    "make_plan",
-]

@@ -2,13 +2,3 @@
 
 from ltd_fx.weights.files import load_clean, read_checkpoint, save_clean
 from ltd_fx.weights.keys import clean_state_dict, held_by, unwrapped, without_components
-
-__all__ = [
-    "clean_state_dict",
-    "held_by",
-    "load_clean",
-    "read_checkpoint",
-    "save_clean",
-    "unwrapped",
-    "without_components",
-]
