@@ -21,7 +21,6 @@ class IdealTimer:
 
     Attributes:
         seconds: the measurements at each of a few lengths, the last of them the full one; the rest is interpolated.
-
     """
 
     def __init__(self, model: GPT, batch: int, lengths: Sequence[int]) -> None:

@@ -25,7 +25,6 @@ class Run:
         losses: training loss of each step.
         seconds: wall-clock of each step.
         validation: (step, loss) of each validation.
-
     """
 
     def __init__(self, args: argparse.Namespace, scheduler: ltd_fx.LTDScheduler | None) -> None:

@@ -53,7 +53,6 @@ class Comparison:
         args: the options.
         training_text: bytes to draw batches from.
         validation_text: bytes to validate on.
-
     """
 
     def __init__(self, args: argparse.Namespace, training_text: Tensor, validation_text: Tensor) -> None:

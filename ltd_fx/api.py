@@ -92,7 +92,6 @@ def transform(
     Raises:
         LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, an argument out
             of range, ranks that differ; the model is untouched then.
-
     """
     if find_rewrite_maybe(model) is not None:
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
@@ -143,7 +142,6 @@ def compile_layers(model: Model, **options: Any) -> Model:
     Raises:
         LTDError: no layers are found, or ``model`` is an ``fx.GraphModule``, whose routing is in its own graph: compile
             it whole.
-
     """
     found = find_rewrite_maybe(model)
     root = model if found is None else found[0]
@@ -168,7 +166,6 @@ def check_ranks(model: nn.Module) -> None:
 
     Raises:
         LTDError: two ranks differ, by name; or the model is not transformed.
-
     """
     state = find_rewrite(model)[1].state
     if dist.is_available() and dist.is_initialized():
@@ -180,7 +177,6 @@ def restore(model: Model) -> Model:
 
     Raises:
         LTDError: the model is not transformed.
-
     """
     uninstall(model)
     return model
@@ -196,7 +192,6 @@ def summary(model: nn.Module) -> RewriteReport:
 
     Raises:
         LTDError: the model is not transformed, or a routed layer was replaced since.
-
     """
     root, rewrite = find_rewrite(model)
     if rewrite.places is not None:
@@ -220,7 +215,6 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
 
     Raises:
         LTDError: the model is not transformed, or its forward fails.
-
     """
     root, rewrite = find_rewrite(model)
     inputs = split_inputs(example_inputs)
@@ -255,6 +249,5 @@ def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         LTDError: the model is not transformed, or has not seen a training forward.
-
     """
     return runtime.sampled_indices(find_rewrite(model)[1].sites)

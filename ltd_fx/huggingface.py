@@ -30,7 +30,6 @@ class LTDCallback(TrainerCallback, ExportableState):
     Raises:
         LTDError: when training begins: the model is not transformed or has no scheduler, or the checkpoint is of
             another schedule or seed.
-
     """
 
     def __init__(self) -> None:
@@ -98,7 +97,6 @@ def add_callback(trainer: Trainer) -> LTDCallback:
 
     Returns:
         The callback.
-
     """
     callback = LTDCallback()
     trainer.callback_handler.callbacks.insert(0, callback)

@@ -35,7 +35,6 @@ class LTDCallback(Callback):
         LTDError: when training begins: the model is not transformed or has no scheduler, no optimizer holds its
             parameters, a ``LayerTokenLR`` would be stepped by epochs, or the checkpoint is of another schedule or seed,
             or was saved without this callback while several optimizers counted its ``global_step``.
-
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1, where ``inspect`` finds a layer that is not proven right; 2, what cannot be done.
-
     """
     parser = argparse.ArgumentParser(prog="ltd-fx", description="Random layerwise token dropping.")
     commands = parser.add_subparsers(required=True)

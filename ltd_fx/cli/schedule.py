@@ -22,7 +22,6 @@ def scheduler_of(options: argparse.Namespace) -> LTDScheduler:
 
     Raises:
         LTDError: they make no schedule.
-
     """
     try:
         minimum, maximum, multiple, steps = map(int, options.schedule.split(":"))

@@ -36,7 +36,6 @@ def architecture(capability: tuple[int, int], supported: Sequence[int]) -> str:
 
     Raises:
         CompileError: the device is older than all of them.
-
     """
     device = 10 * capability[0] + capability[1]
     older = [number for number in supported if number <= device]
@@ -103,7 +102,6 @@ def compile_source(source: bytes, arch: str, options: Sequence[str] = ()) -> tup
 
     Raises:
         CompileError: the source does not compile.
-
     """
     from cuda.bindings import nvrtc
 
@@ -133,7 +131,6 @@ def _call(answer: tuple[Any, ...]) -> tuple[Any, ...]:
 
     Raises:
         CompileError: the status is an error.
-
     """
     status, *values = answer
     if status != type(status)(0):

@@ -35,7 +35,6 @@ class LoadedKernels:
     Raises:
         ImportError: the bindings are missing.
         RuntimeError: the driver or NVRTC is missing or refuses.
-
     """
 
     def __init__(self, device: int) -> None:
@@ -79,7 +78,6 @@ def kernels_on(device: torch.device) -> Kernels | None:
 
     Raises:
         LTDError: ``LTD_FX_CUDA`` is neither 0 nor 1.
-
     """
     number = torch.cuda.current_device() if device.index is None else device.index
     if number not in _loaded:

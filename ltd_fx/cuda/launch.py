@@ -95,7 +95,6 @@ def gather_rows(kernels: Kernels, hidden: Tensor, indices: Tensor, batch_first: 
 
     Returns:
         ``[B, k, D]`` or ``[k, B, D]``, contiguous.
-
     """
     batch, keep = indices.shape
     out = hidden.new_empty((*((batch, keep) if batch_first else (keep, batch)), hidden.shape[2]))
@@ -122,7 +121,6 @@ def merge_rows(kernels: Kernels, rest: Tensor, indices: Tensor, kept: Tensor, ba
 
     Returns:
         A fresh tensor of the shape of ``rest``, contiguous.
-
     """
     out = rest.new_empty(rest.shape)
     if out.numel() == 0:
@@ -149,7 +147,6 @@ def gather_aligned(kernels: Kernels, values: list[Tensor], indices: Tensor, dims
 
     Returns:
         ``[N, ..., k, ...]`` each, with R in place of an N of 1; contiguous.
-
     """
     outs = [value.new_empty(gathered_shape(value, indices, (dim,))) for value, dim in zip(values, dims, strict=True)]
     indices = _with_whole_rows(indices)
@@ -187,7 +184,6 @@ def gather_mask(kernels: Kernels, mask: Tensor, indices: Tensor) -> Tensor:
 
     Returns:
         ``[N, H, k, k]``, with R in place of an N of 1; contiguous.
-
     """
     out = mask.new_empty(gathered_shape(mask, indices, (2, 3)))
     if out.numel() == 0:

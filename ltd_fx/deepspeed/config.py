@@ -74,7 +74,6 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[LTD
     Raises:
         LTDError: random-LTD is not enabled; a key is missing, unknown or of a wrong type; layer numbers do not fit; a
             schedule other than ``fixed_linear``; ``layer_token_lr_schedule`` is enabled (use ``LayerTokenLR``).
-
     """
     root = _Section("", _load(Path(config)) if isinstance(config, (str, os.PathLike)) else config)
     batch = root.take("train_batch_size", object, None)  # "auto" in files for transformers
@@ -159,7 +158,6 @@ def load_scheduler_state(scheduler: LTDScheduler, state_dict: Mapping[str, Any])
 
     Raises:
         LTDError: an entry is missing, unknown or no integer, or the state is of another schedule; nothing is changed.
-
     """
     section = _Section("random_ltd", state_dict)
     last = section.take("current_steps", int)  # the step whose forward was last; -1 before the first

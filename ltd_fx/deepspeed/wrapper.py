@@ -57,7 +57,6 @@ class RandomLayerTokenDrop(nn.Module):
 
         Raises:
             LTDError: an unknown key or value, a mask that the layer does not take, or a scheduler of another model.
-
         """
         if isinstance(self.random_ltd_layer, RoutedLayer):
             raise LTDError(f"ltd_fx.deepspeed: layer {random_ltd_layer_id} is configured already")
@@ -141,7 +140,6 @@ def convert_to_random_ltd(
 
     Raises:
         LTDError: no such layer, a layer number out of range, or what ``init_config`` refuses.
-
     """
     inner = unwrapped(model)
     names = find_layers(inner, layer_class)
@@ -175,7 +173,6 @@ def save_without_random_ltd(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         LTDError: two keys become the same.
-
     """
     return clean_state_dict(model)
 
@@ -185,6 +182,5 @@ def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any
 
     Raises:
         LTDError: two keys become the same.
-
     """
     return without_components(state_dict, frozenset((_COMPONENT,)))

@@ -27,7 +27,6 @@ def choose(
 
     Raises:
         LTDError: no layer is left to route, a layer cannot be or is routed already, a route or share does not fit.
-
     """
     for stack in stacks:
         for layer in stack:

@@ -33,7 +33,6 @@ def route_graph(model: fx.GraphModule, targets: dict[str, Target], sites: list[S
 
     Raises:
         LTDError: a call cannot be routed; ``model`` is as it was.
-
     """
     original, graph = model.graph, copy.deepcopy(model.graph)
     graph.owning_module = None  # the passes name attributes that the module is given only after they succeed

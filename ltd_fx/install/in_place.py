@@ -95,7 +95,6 @@ def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, exam
 
     Raises:
         LTDError: a layer cannot be routed; nothing is changed.
-
     """
     rewrite = Rewrite(state, layers)
     unknown = next((layer for layer in rewrite.routed if layer.pattern is None), None)
@@ -168,7 +167,6 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
 
     Raises:
         LTDError: a layer cannot be routed.
-
     """
     state, routed, examination = rewrite.state, rewrite.routed, None
     slots = {layer.name: model.get_submodule(layer.name) for layer in routed}
@@ -258,7 +256,6 @@ def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:
 
     Raises:
         LTDError: the model is not transformed.
-
     """
     found = find_rewrite_maybe(model)
     if found is None:
@@ -271,7 +268,6 @@ def find_scheduler(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
 
     Raises:
         LTDError: the model is not transformed, or has no scheduler.
-
     """
     root, rewrite = find_rewrite(model)
     if rewrite.state.scheduler is None:

@@ -21,7 +21,6 @@ class Proof:
         reason: why it is not verified.
         counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
             proof holds up to the length it was made at.
-
     """
 
     name: str
@@ -48,7 +47,6 @@ class CallSite:
         share: of the tokens, that it keeps where the schedule starts; ``None``: the scheduler's ``min_length``.
         route: name of the layer whose draw it uses, on a route over several layers; ``None``: its own.
         leaves: whether dropped tokens return after it, rather than after a later layer of its route.
-
     """
 
     name: str

@@ -19,7 +19,6 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
 
     Raises:
         LTDError: as :func:`find_layers`.
-
     """
     stacks: dict[str, list[CallSite]] = {}
     for path in find_layers(model, layers):
@@ -41,7 +40,6 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
 
     Raises:
         LTDError: nothing matches, or a match lies within another.
-
     """
     modules = dict(model.named_modules())
     names = [name for name in _select(modules, layers) if name]

@@ -47,7 +47,6 @@ def infer_pattern(
     Raises:
         LTDError: no argument looks like hidden states that the layer returns, or one follows the tokens in a way that
             cannot be gathered.
-
     """
     signature = forward_signature(layer_class)
     moved = [probe.calls[name] for probe in lengths]

@@ -35,7 +35,6 @@ class LayerPattern:
             by nobody (attention weights). Any other further tensor is refused.
         cache: the argument holding a key-value cache, so that decoding in training mode can be refused: the cache of a
             routed layer lacks the dropped tokens.
-
     """
 
     hidden: str = "hidden_states"

@@ -68,7 +68,6 @@ def run_forward(model: nn.Module, inputs: Any, sandbox: Sandbox, *, fake: bool) 
 
     Raises:
         LTDError: it fails.
-
     """
     if fake:
         _run_fake(model, sandbox.mode, *inputs)
@@ -99,7 +98,6 @@ def observe(
 
     Raises:
         LTDError: the forward fails.
-
     """
     calls: list[Call] = []
     known: dict[Any, Call] = {}
@@ -176,7 +174,6 @@ def observe_values(
 
     Raises:
         LTDError: the forward fails.
-
     """
     calls: dict[str, Call] = {}
 

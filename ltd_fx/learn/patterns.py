@@ -126,7 +126,6 @@ def register_pattern(layer_class: type[nn.Module], pattern: Entry) -> None:
 
     Raises:
         LTDError: ``layer_class`` is no module class, or the pattern names an argument its ``forward`` lacks.
-
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise LTDError(f"ltd_fx.register_pattern: expected a subclass of nn.Module, got {layer_class!r}")
@@ -154,7 +153,6 @@ def find_pattern_maybe(layer: nn.Module) -> LayerPattern | None:
 
     Raises:
         LTDError: a registered pattern names an argument that the layer's ``forward`` does not have.
-
     """
     layer_class = type(layer)
     base = _find_base_maybe(layer_class)

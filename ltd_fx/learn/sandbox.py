@@ -37,7 +37,6 @@ class Sandbox:
 
     Raises:
         LTDError: the model has parameters that only a forward makes.
-
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +59,6 @@ class Sandbox:
         Args:
             module: instead of the model, a copy of a part of it.
             fake: parameters are fake, too. The forwards are to run under ``mode``.
-
         """
         modules = list((self._model if module is None else module).modules())
         with _random_state(), _autocast_cache_off(), _attributes(modules), _Writes() as writes:

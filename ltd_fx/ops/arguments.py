@@ -26,7 +26,6 @@ def gather_by_indexing(value: Tensor, indices: Tensor, dims: tuple[int, ...]) ->
 
     Returns:
         The same with k in place of S and N, or R where N is 1, in front.
-
     """
     count = len(dims)
     here = tuple(range(1, count + 1))

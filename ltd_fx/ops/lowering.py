@@ -57,7 +57,6 @@ def register_inductor_decompositions() -> None:
 
     Raises:
         LTDError: ``LTD_FX_LOWERING`` is neither fuse nor kernel.
-
     """
     lowering = os.environ.get("LTD_FX_LOWERING", "fuse")
     if lowering not in ("fuse", "kernel"):

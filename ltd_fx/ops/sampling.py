@@ -77,7 +77,6 @@ def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: 
 
     Returns:
         ``[rows, keep]`` int64 on the key's device, ascending and unique in each row.
-
     """
     ranked = (hashes(key, site, rows, seq_len) << _TOKEN_BITS) | torch.arange(seq_len, device=key.device)
     if rank is not None:

@@ -31,7 +31,6 @@ def align(graph: fx.Graph) -> int:
 
     Returns:
         How many arguments are gathered.
-
     """
     count = 0
     for call in located_calls(graph):

@@ -29,7 +29,6 @@ def layer_graph(signature: inspect.Signature, hidden: str) -> fx.Graph:
 
     Raises:
         LTDError: a required keyword-only argument, which an ``fx.Graph`` cannot express.
-
     """
     graph = fx.Graph()
     args: list[fx.Node] = []
@@ -66,7 +65,6 @@ def call_graph(calls: Iterable[Call]) -> fx.Graph:
     Returns:
         The graph, with a placeholder for every value made outside of the layers, an edge where one layer's output is
         another's input, and the values in ``node.meta["val"]``.
-
     """
     recorder = _Recorder()
     for call in calls:

@@ -27,7 +27,6 @@ def check(graph: fx.Graph, *, sites: Mapping[str, Site] | None = None) -> int:
 
     Raises:
         LTDError: recorded hidden states are not 3-D floating point, or an aligned argument does not fit them.
-
     """
     for located in located_calls(graph):
         name, hidden = located.layer.name, located.pattern.hidden

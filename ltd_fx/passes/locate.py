@@ -97,7 +97,6 @@ def locate(graph: fx.Graph, *, targets: Mapping[str, Target]) -> int:
 
     Raises:
         LTDError: the graph is rewritten already, a target is never called, or a call lacks the hidden states.
-
     """
     nodes = list(graph.nodes)
     if any(node.target is draw_tokens for node in nodes):

@@ -6,7 +6,6 @@ It is read at each rewrite, and has words with commas between them:
 - ``dump=FOLDER``: the graph before the first pass and after each, as ``FOLDER/0003-2-align.txt`` (rewrite 3, pass 2);
 - ``-check``, ``-span``: without that pass. A rewrite without ``check`` may be wrong where it would have been refused;
   one without ``span`` is right, but each layer of a route gathers and scatters.
-
 """
 
 import itertools
@@ -30,7 +29,6 @@ class PassObserver:
 
     Raises:
         LTDError: it has an unknown word.
-
     """
 
     def __init__(self, graph: fx.Graph) -> None:

@@ -26,7 +26,6 @@ def rewrite(graph: fx.Graph, *, targets: Mapping[str, Target], sites: Mapping[st
 
     Raises:
         LTDError: a call cannot be routed; discard the graph then. Or ``LTD_FX_PASSES`` has an unknown word.
-
     """
     observer = PassObserver(graph)
     observer.run("locate", partial(locate, targets=targets))
@@ -48,7 +47,6 @@ def check_calls(
 
     Raises:
         LTDError: a layer is not called, an argument does not fit, or the layers of a route do not follow each other.
-
     """
     graph = call_graph(calls)
     try:

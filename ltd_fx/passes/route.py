@@ -30,7 +30,6 @@ def route(graph: fx.Graph) -> int:
 
     Returns:
         How many calls are routed.
-
     """
     count = 0
     for located in located_calls(graph):

@@ -115,7 +115,6 @@ def routed_class(
 
     Raises:
         LTDError: the layer's ``forward`` cannot be expressed as a graph, or it is routed already.
-
     """
     if issubclass(slot_class, RoutedLayer):
         raise LTDError(f"ltd_fx: {slot_class._ltd_base.__name__} layers are routed already; call ltd_fx.restore first")

@@ -36,7 +36,6 @@ def span(graph: fx.Graph) -> int:
     Raises:
         LTDError: a layer of a route does not take the hidden states that the layer before it returned, or somebody else
             takes them too, or the layers are called in another order.
-
     """
     count = 0
     under_way: dict[str | None, tuple[LocatedCall, fx.Node | None]] = {}  # the latest call of a route, and what waits

@@ -101,7 +101,6 @@ class Examination:
 
         Raises:
             LTDError: it does not, but does with them dense.
-
         """
         rehearse(self._model, sites, self._inputs, sandbox=self._sandbox, fake=self._fake)
 
@@ -160,7 +159,6 @@ class Examination:
 
         Raises:
             LTDError: the layer was never called, or nothing about it can be inferred.
-
         """
         if layer.name not in self.first_calls:
             raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
@@ -205,7 +203,6 @@ class Examination:
 
         Raises:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
-
         """
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         if proof.status == "wrong" or (proof.status != "verified" and layer.pattern is None):

@@ -53,7 +53,6 @@ def prove(
 
     Raises:
         LTDError: there are fewer than four tokens.
-
     """
     layer_class = type(slot)._ltd_arguments[1] if isinstance(slot, RoutedLayer) else type(layer_in(slot))
     if call is None:
@@ -122,7 +121,6 @@ def _compare(
     Raises:
         NotVerifiableError: there is nothing to compare with.
         _WrongError: the routed layer differs, or fails.
-
     """
     signature = forward_signature(layer_class)
     given: Any = signature.bind(*call.args, **call.kwargs).arguments.get(pattern.hidden)

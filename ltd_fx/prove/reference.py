@@ -135,7 +135,6 @@ class Reference(NamedTuple):
         blind: ``[B, S]`` bool, where a token can attend to nothing (its mask leaves it dropped ones at most).
         unblocked: the outputs with nothing blocked.
         counted: whether the layer makes tensors as long as the sequence by itself: positions, distances, windows.
-
     """
 
     outputs: list[Tensor]
@@ -158,7 +157,6 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
 
     Raises:
         NotVerifiableError: too many softmaxes, or their number depends on the values.
-
     """
     # each dropped token becomes another token of its sequence, halved
     other = torch.where(kept[..., None], hidden, hidden.roll(1, dims=1) / 2)

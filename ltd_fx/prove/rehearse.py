@@ -28,7 +28,6 @@ def rehearse(model: nn.Module, sites: list[Site], inputs: Any, *, sandbox: Sandb
 
     Raises:
         LTDError: it fails, and does not with its layers dense.
-
     """
     try:
         with _halved(sites):

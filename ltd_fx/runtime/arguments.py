@@ -25,7 +25,6 @@ class Aligned(NamedTuple):
             the image's layer); negative: so many first tokens have no row (a rotary table without the class token),
             and must be protected from being dropped.
         per_head: the batch dimension put in front is followed by one of size 1, to broadcast over attention heads.
-
     """
 
     dims: tuple[int, ...]
@@ -51,7 +50,6 @@ def gather_argument(draw: Draw | None, value: Any, name: str, entry: tuple[Any, 
 
     Raises:
         LTDError: a size is neither S nor 1, the batch does not fit, or the value is of another type.
-
     """
     (aligned,) = gather_arguments(draw, (name,), (value,), (entry,))
     return aligned
@@ -219,7 +217,6 @@ def gather_extra(draw: Draw | None, value: Any, name: str) -> Any:
 
     Raises:
         LTDError: a tensor in it has a dimension as long as the sequence.
-
     """
     if draw is None:
         return value
@@ -240,7 +237,6 @@ def gather_extras(draw: Draw | None, extras: Mapping[str, Any], aligned: Mapping
 
     Raises:
         LTDError: as :func:`gather_argument`, and :func:`gather_extra` for the others.
-
     """
     if draw is None:
         return extras

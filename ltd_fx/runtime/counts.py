@@ -26,7 +26,6 @@ def count_layers(layers: Sequence[TargetLayer], calls: Mapping[str, int]) -> tup
     Args:
         layers: all target layers.
         calls: of routed layers, by name; those left out are called once.
-
     """
     times: dict[str, int] = {}
     for layer in layers:

@@ -17,7 +17,6 @@ def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
 
     Raises:
         LTDError: they are not a 3-D floating-point tensor, or they are a DTensor.
-
     """
     if type(hidden).__name__ == "DTensor":  # by name: its module takes as long to import as the whole of ltd_fx
         raise LTDError(
@@ -40,7 +39,6 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     Raises:
         LTDError: ``hidden`` is not a plain 3-D floating-point tensor; ``torch.export`` or ``torch.jit.trace`` in
             training mode, ``torch.fx.symbolic_trace`` in any; a key-value cache with tokens in training mode.
-
     """
     state = site.state
     if isinstance(hidden, fx.Proxy):
@@ -115,7 +113,6 @@ def rank_tokens(
 
     Raises:
         LTDError: the mask is of another batch size, or ``protect`` returns no mask of its positions.
-
     """
     protect = state.protect
     if protect is None:

@@ -32,7 +32,6 @@ def take_over(site: Site, hidden: Tensor, leaves: bool) -> Draw | None:
     Raises:
         LTDError: in training, if the first layer did not run before, or ``hidden`` is not what the layer before
             returned.
-
     """
     span = site.span
     assert span is not None

@@ -21,7 +21,6 @@ def draw_rank(mesh: DeviceMesh) -> int:
 
     Raises:
         LTDError: a dimension has a name that does not tell, several have none, or this process is not in the mesh.
-
     """
     names = mesh.mesh_dim_names
     if names is None and mesh.ndim == 1:
@@ -64,7 +63,6 @@ def refuse_differences(values: Mapping[str, Any], mesh: DeviceMesh | None) -> No
 
     Raises:
         LTDError: on every rank, where any two differ.
-
     """
     (rank, expected), *others = gather_from_ranks(values, mesh)
     for other, theirs in others:

@@ -120,7 +120,6 @@ class Site:
 
         Raises:
             LTDError: a recompute would draw other tokens; nobody gave the mask that the draw needs.
-
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and in_backward():

@@ -13,7 +13,6 @@ def sampled_indices(sites: list[Site]) -> dict[str, Tensor]:
 
     Raises:
         LTDError: no training forward was seen.
-
     """
     first: dict[Span, Site] = {}  # the layers of a route keep what its first one does
     found = {}

@@ -97,7 +97,6 @@ def merge_output(
 
     Raises:
         LTDError: the hidden states are not in ``slot``, or another slot holds a tensor, which is of kept tokens only.
-
     """
     if draw is None:
         return output

@@ -79,7 +79,6 @@ class RouteState:
 
         Raises:
             LTDError: it is of another kind, more than the scheduler's min_length, or no argument of ``root``.
-
         """
         if isinstance(protect, str):
             parameters = list(inspect.signature(root.forward).parameters)
@@ -120,7 +119,6 @@ class RouteState:
 
         Raises:
             LTDError: the argument that ``protect`` names is no ``[B, S]`` mask.
-
         """
         if not root.training:
             return
@@ -145,7 +143,6 @@ class RouteState:
 
         Raises:
             LTDError: the draws need an argument of the root.
-
         """
         if isinstance(self.protect, str):
             raise LTDError(
@@ -206,7 +203,6 @@ class RouteState:
 
         Raises:
             LTDError: there was another forward since, or the scheduler stepped.
-
         """
         if not recomputing:
             if not self._grad:

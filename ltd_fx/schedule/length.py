@@ -21,7 +21,6 @@ class ReservedLength:
     Args:
         share: of the tokens, between 0 and 1, at which a schedule starts, or which is kept always where there is none;
             ``None``: the scheduler's own length, or half.
-
     """
 
     def __init__(self, share: float | None = None) -> None:

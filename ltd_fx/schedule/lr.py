@@ -43,7 +43,6 @@ class LayerTokenLR(LRScheduler):
     Raises:
         LTDError: the scheduler drives no model or counts per sequence, or a number is out of range; the optimizer is
             untouched. In ``step()``: ``scheduler.step()`` was not called before.
-
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class LayerTokenLR(LRScheduler):
 
         Raises:
             LTDError: the state is of another configuration, or none of this class; nothing is changed.
-
         """
         if not isinstance(state_dict, dict) or state_dict.keys() != set(_STATE):
             raise LTDError(f"LayerTokenLR: a state_dict has the entries {sorted(_STATE)}, got {state_dict!r}")

@@ -45,7 +45,6 @@ class Plan:
         time_saved: the share of time; without a device, that of operations.
         activations_saved: the share of activation memory at the first step.
         warnings: why it may not pay; empty where it does.
-
     """
 
     layer_tokens_saved: float
@@ -108,7 +107,6 @@ def make_plan(
 
     Raises:
         LTDError: the schedule ends below the sequence length, or a number is out of range.
-
     """
     if scheduler.max_length != model.seq_len:
         raise LTDError(

@@ -54,7 +54,6 @@ class LTDScheduler:
 
     Raises:
         LTDError: for an argument out of range or an unknown kind.
-
     """
 
     _digest: str | None = None  # of a callable's lengths, once asked for
@@ -168,7 +167,6 @@ class LTDScheduler:
 
         Raises:
             LTDError: before the scheduler is attached to a model, which knows the layer counts.
-
         """
         _integer("steps", steps, 0)
         return self._layer_tokens(steps, {share: self._sum(steps, share) for share in self._lengths})
@@ -192,7 +190,6 @@ class LTDScheduler:
 
         Raises:
             LTDError: before the scheduler is attached to a model, or before its first step.
-
         """
         if self._step == 0:
             raise LTDError("LTDScheduler: metrics() tells of the steps taken, and there are none; call step() first")
@@ -249,7 +246,6 @@ class LTDScheduler:
         Raises:
             LTDError: the state is of another configuration (the differing field is named), or malformed; or, with a
                 ``device_mesh``, the ranks have loaded different ones.
-
         """
         expected = {"config", "step", "draws"}
         if not isinstance(state_dict, Mapping) or set(state_dict) != expected:

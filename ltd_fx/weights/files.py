@@ -36,7 +36,6 @@ def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | o
     Raises:
         LTDError: the suffix is neither ``.safetensors`` nor ``.pt``, the path cannot be written (on every rank), or
             ZeRO-3 holds parts of the parameters.
-
     """
     path = Path(path)
     state = clean_state_dict(model_or_state_dict)
@@ -99,7 +98,6 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         LTDError: the file cannot be read, its keys or shapes are not the model's, or ZeRO-3 holds parts of its
             parameters; the model is untouched then.
-
     """
     path = Path(path)
     _is_safetensors(path)
@@ -150,7 +148,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         LTDError: the file cannot be read, or holds more than tensors and plain values.
-
     """
     path = Path(path)
     try:

@@ -53,7 +53,6 @@ def clean_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict
 
     Raises:
         LTDError: two keys become the same, or ZeRO-3 holds parts of the parameters.
-
     """
     if isinstance(model_or_state_dict, nn.Module):
         check_whole(model_or_state_dict)
@@ -112,7 +111,6 @@ def without_components(state: Mapping[str, Any], components: frozenset[str]) -> 
 
     Raises:
         LTDError: two keys become the same.
-
     """
     return _renamed(state, [_strip(key, components) for key in state])
 
