@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 def items_of(value: Any) -> list[Any] | None:
     """What ``value`` holds, if it is a container."""
     if value is None or isinstance(value, (Tensor, int, float, str)):
-        return None  # most are one of these, and the Dynamo of torch 2.11 does not trace is_dataclass(None)
+        return None  # Most values are one of these, and the Dynamo of torch 2.11 does not trace is_dataclass(None).
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (tuple, list)):
@@ -26,7 +26,7 @@ def like(value: Any, items: list[Any]) -> Any:
     kind: Any = type(value)
     if isinstance(value, Mapping):
         named = dict(zip(value, items, strict=True))
-        # transformers' outputs are both, and hold what is not None
+        # transformers' outputs are both, and hold what is not None.
         return kind(**named) if dataclasses.is_dataclass(value) else kind(named)
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]

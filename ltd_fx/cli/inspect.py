@@ -60,7 +60,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _factory(name: str) -> tuple[nn.Module, Any]:
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it, also where this is called as a function
+    # `python -m` has the folder on its path; so has this where it is called as a function.
+    sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as error:

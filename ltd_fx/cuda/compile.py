@@ -121,7 +121,7 @@ def compile_source(source: bytes, arch: str, options: Sequence[str] = ()) -> tup
 
 def _read(program: Any, size_of: Any, read: Any) -> bytes:
     (size,) = _call(size_of(program))
-    content = bytes(size)  # the bindings write into it
+    content = bytes(size)  # The bindings write into it.
     _call(read(program, content))
     return content
 

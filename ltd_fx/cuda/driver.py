@@ -44,7 +44,7 @@ class LoadedKernels:
         self._device = device
         code = load_or_compile(architecture(torch.cuda.get_device_capability(device), supported_architectures()))
         self._call("cuInit", 0)
-        # torch's own context, which a thread that has called nothing of CUDA yet does not have as its current one
+        # A thread that has called nothing of CUDA yet does not have torch's own context as its current one.
         self._context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
         with torch.cuda.device(device):
             self._call("cuCtxSetCurrent", self._context)
@@ -52,7 +52,8 @@ class LoadedKernels:
             self._functions = {name: self._call("cuModuleGetFunction", module, name.encode()) for name in NAMES}
 
     def launch(self, name: str, args: ctypes.Structure, grid: Dim3, block: Dim3) -> None:
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))  # one parameter; the driver copies it
+        # The kernel has one parameter, which the driver copies.
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         with torch.cuda.device(self._device):
             self._call("cuCtxSetCurrent", self._context)
             stream = torch.cuda.current_stream(self._device).cuda_stream

@@ -13,8 +13,8 @@ from ltd_fx.cuda.driver import Dim3, Kernels
 from ltd_fx.errors import LTDError
 from ltd_fx.ops import gathered_shape
 
-THREADS = 256  # of a block, but for long rows of tokens to sample
-_MAX_GRID_Y = 65535  # the kernels loop over what is beyond
+THREADS = 256  # A block has so many threads, but for long rows of tokens to sample.
+_MAX_GRID_Y = 65535  # The kernels loop over what is beyond.
 _PTR, _I64, _U32 = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint
 
 
@@ -129,7 +129,7 @@ def merge_rows(kernels: Kernels, rest: Tensor, indices: Tensor, kept: Tensor, ba
     seq_len = rest.shape[1 if batch_first else 0]
     width = _width(rest, kept, out)
     block = _block(_row_bytes(rest) // width)
-    tile = max(block[1], 16)  # shared by the search for its first token
+    tile = max(block[1], 16)  # The search for the first token shares it.
     rows = (_rows(value, batch_first) for value in (rest, kept, out))
     args = MergeArgs(_indices(indices, seq_len), *rows, _row_bytes(rest), width, tile)
     kernels.launch("merge_rows", args, (-(-seq_len // tile), min(indices.shape[0], _MAX_GRID_Y), 1), block)
@@ -150,7 +150,7 @@ def gather_aligned(kernels: Kernels, values: list[Tensor], indices: Tensor, dims
     """
     outs = [value.new_empty(gathered_shape(value, indices, (dim,))) for value, dim in zip(values, dims, strict=True)]
     indices = _with_whole_rows(indices)
-    keep, kept = indices.shape[1], []  # copies of values must live until the launch
+    keep, kept = indices.shape[1], []  # Copies of values must live until the launch.
     pieces = []
     for value, dim, out in zip(values, dims, outs, strict=True):
         if out.numel() > 0:
@@ -199,7 +199,7 @@ def gather_mask(kernels: Kernels, mask: Tensor, indices: Tensor) -> Tensor:
     strides = (mask.stride(dim) * size if mask.shape[dim] > 1 else 0 for dim in range(4))
     rows = _indices(indices, mask.shape[2])
     args = MaskArgs(rows, mask.data_ptr(), out.data_ptr(), batch, heads, *strides, size, count)
-    row_blocks = -(-keep // (4 * block[1]))  # a thread finds its columns once for four rows and more
+    row_blocks = -(-keep // (4 * block[1]))  # A thread finds its columns once for four rows and more.
     grid = (-(-stores // x), min(row_blocks, _MAX_GRID_Y), min(batch, _MAX_GRID_Y))
     kernels.launch("gather_mask", args, grid, block)
     return out

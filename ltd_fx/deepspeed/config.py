@@ -11,7 +11,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.schedule import LTDScheduler
 
 _REQUIRED = object()
-# Keys of random_ltd that describe the layers, which transform knows or learns; and those that DeepSpeed's engine sets.
+# These keys of random_ltd describe the layers, which transform knows or learns, or are set by DeepSpeed's engine.
 _LEARNT = ("model_mask_name", "model_type", "hidden_state_order")
 _SET_BY_ENGINE = ("micro_batch_size", "global_batch_size")
 _DEFAULT_SEED = 1234  # DeepSpeed's
@@ -142,7 +142,8 @@ def _refuse_lr_schedule(section: _Section) -> None:
             f"ltd_fx.deepspeed: {section.name('enabled')} is true, which DeepSpeed refuses to run; set it to false and "
             "build ltd_fx.LayerTokenLR(optimizer, scheduler, ...) with its total and warm-up layer tokens"
         )
-    section.ignore("total_layer_tokens", "warmup_type", "warmup_layer_tokens")  # disabled: of no effect
+    # A section that is disabled has no effect.
+    section.ignore("total_layer_tokens", "warmup_type", "warmup_layer_tokens")
     section.close()
 
 
@@ -160,7 +161,8 @@ def load_scheduler_state(scheduler: LTDScheduler, state_dict: Mapping[str, Any])
         LTDError: an entry is missing, unknown or no integer, or the state is of another schedule; nothing is changed.
     """
     section = _Section("random_ltd", state_dict)
-    last = section.take("current_steps", int)  # the step whose forward was last; -1 before the first
+    # DeepSpeed counts the step whose forward was last, and -1 before the first.
+    last = section.take("current_steps", int)
     found = {name: section.take(name, int) for name in ("min_value", "max_value", "current_value")}
     consumed = section.take("consumed_layer_tokens", int)
     section.close()

@@ -17,7 +17,7 @@ from ltd_fx.weights import clean_state_dict, unwrapped, without_components
 _COMPONENT = "random_ltd_layer"
 _ORDERS = {"batch_seq_dim": True, "seq_batch_dim": False}
 _TYPES = ("encoder", "decoder")
-# Read elsewhere, or of no meaning to one layer; any other key is refused.
+# These keys are read elsewhere, or mean nothing to one layer; any other key is refused.
 _OTHER_KEYS = frozenset(
     (
         "enabled",
@@ -154,7 +154,7 @@ def convert_to_random_ltd(
         )
     if scheduler is not None:
         _check_free(scheduler)
-        for layer in map(inner.get_submodule, names):  # whatever is refused, before anything is wrapped
+        for layer in map(inner.get_submodule, names):  # Whatever is refused is refused before anything is wrapped.
             routed_class(type(layer), type(layer), _pattern(layer, config))
         config.setdefault("random_ltd_layer_num", len(ids))
         config.setdefault("total_layer_num", len(names))

@@ -35,7 +35,7 @@ def route_graph(model: fx.GraphModule, targets: dict[str, Target], sites: list[S
         LTDError: a call cannot be routed; ``model`` is as it was.
     """
     original, graph = model.graph, copy.deepcopy(model.graph)
-    graph.owning_module = None  # the passes name attributes that the module is given only after they succeed
+    graph.owning_module = None  # The passes name attributes that the module is given only after they succeed.
     rewrite(graph, targets=targets)
     _put_sites(model, sites)
     model.graph = graph
@@ -54,13 +54,15 @@ def unroute_graph(model: fx.GraphModule, original: fx.Graph) -> None:
 def _put_sites(model: fx.GraphModule, sites: list[Site]) -> None:
     for i, site in enumerate(sites):
         setattr(model, f"{SITE}_{i}", site)
-    for name, method in _METHODS.items():  # on its class, which fx makes for each GraphModule and has its forward
+    # The class is the module's own: fx makes one for each GraphModule, with its forward.
+    for name, method in _METHODS.items():
         setattr(type(model), name, method)
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> fx.GraphModule:
     copied: fx.GraphModule = super(type(self), self).__deepcopy__(memo)
-    rewritten = copy.deepcopy(self.__dict__[REWRITE], memo)  # as fx has copied it, with the sites that the graph calls
+    # fx has copied the record with the module, and these are the sites that the graph calls.
+    rewritten = copy.deepcopy(self.__dict__[REWRITE], memo)
     _put_sites(copied, rewritten.sites)
     return _followed(copied, rewritten)
 

@@ -12,7 +12,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.runtime import RouteState, Site, Span
 from ltd_fx.torch_private import is_functorch_wrapped_tensor, skip_code
 
-REWRITE = "_ltd_rewrite"  # the attribute of the root that holds its ``install.Rewrite``
+REWRITE = "_ltd_rewrite"  # The root's attribute that holds its ``in_place.Rewrite``.
 
 
 def no_graph(function: Any) -> None:
@@ -57,7 +57,7 @@ def _begin_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         for site in rewrite.sites:
             site.begin_forward()
             if site.span is not None:
-                site.span.close()  # a forward that failed may have left it open
+                site.span.close()  # A forward that failed may have left it open.
 
 
 def _refuse_cache(state: RouteState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,7 +75,8 @@ def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
     rewrite.state.end_forward()
     mask = rewrite.state.mask
     if mask is not None and not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(mask):
-        rewrite.state.mask = None  # it ends with torch.func's transformation, and what was drawn by it cannot be told
+        # The mask ends with torch.func's transformation, and what was drawn by it cannot be told.
+        rewrite.state.mask = None
         for site in rewrite.sites:
             site.begin_forward()
 

@@ -44,16 +44,18 @@ class Rewrite:
     """What was done to a model; kept in its ``__dict__``, outside modules and buffers."""
 
     state: RouteState
-    layers: Sequence[CallSite]  # all target layers, dense ones too; with patterns, once installed
-    sites: list[Site] = field(default_factory=list)  # of the routed ones, in order; empty until installed
+    layers: Sequence[CallSite]  # All target layers, dense ones too; they have patterns once installed.
+    # The sites of the routed ones, in order; there are none until installed.
+    sites: list[Site] = field(default_factory=list)
     hooks: tuple[RemovableHandle, ...] = ()
-    # while patterns are to be inferred at the first training forward
+    # The hooks that wait for the first training forward, while patterns are to be inferred at it.
     pending: tuple[RemovableHandle, ...] = ()
-    training: bool = False  # patterns are of the calls in training mode, which are others than those in eval mode
-    places: Places | None = None  # of the layers, once installed, but for an fx.GraphModule
-    forms: set[Any] = field(default_factory=set)  # of the arguments that the routes are known to hold for
-    original: fx.Graph | None = None  # of an fx.GraphModule
-    copied: bool = False  # by copy.deepcopy: the scheduler drives the original still
+    # Whether the patterns are of the calls in training mode, where these are others than in eval mode.
+    training: bool = False
+    places: Places | None = None  # Where the layers are, once installed; an fx.GraphModule has none.
+    forms: set[Any] = field(default_factory=set)  # The forms of arguments that the routes are known to hold for.
+    original: fx.Graph | None = None  # The graph that an fx.GraphModule had.
+    copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
     @property
     def routed(self) -> list[CallSite]:
@@ -105,7 +107,7 @@ def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, exam
             "example_inputs to learn it from, or call ltd_fx.register_pattern"
         )
     state.root, state.layers = type(model).__name__, layers
-    # that the layers of a route follow each other is only seen in a forward
+    # Only a forward shows that the layers of a route follow each other.
     chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
     if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
@@ -239,7 +241,7 @@ def uninstall(model: nn.Module) -> None:
     for hook in done.hooks:
         hook.remove()
     _end_pending(root, done)
-    done.hooks = ()  # for a copy.copy of the module, which shares layers and hooks with it
+    done.hooks = ()  # A copy.copy of the module shares layers and hooks with it, and is no longer transformed either.
     del root.__dict__[REWRITE]
     if done.state.scheduler is not None and not done.copied:
         done.state.scheduler._attach(None)

@@ -23,7 +23,7 @@ class Places:
 
     def __init__(self, root: nn.Module, sites: list[Site]) -> None:
         self._sites = sites
-        # a layer may have had several places from the start: shared weights
+        # A layer that shares its weights may have had several places from the start.
         self._counts = [len(names) for names in self._find(root)]
         self._seen = self._identities()
 
@@ -59,7 +59,8 @@ class Places:
                     f"same tokens and not be counted; {_REMEDY}"
                 )
         found = [part for each in names.values() for name in each for part in _parents(name)]
-        self._parents = [weakref.ref(modules[name]) for name in dict.fromkeys(found)]  # the root keeps this object
+        # The references are weak, for the root keeps this object.
+        self._parents = [weakref.ref(modules[name]) for name in dict.fromkeys(found)]
         return list(names.values())
 
     def __getstate__(self) -> dict[str, Any]:

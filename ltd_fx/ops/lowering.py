@@ -18,14 +18,15 @@ from ltd_fx.torch_private import set_decompositions
 def _sample_in_graph(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    if key.device.type == "cpu":  # several times as fast as anything that Inductor makes, and nothing fuses with it
+    # This is several times as fast as anything that Inductor makes, and nothing fuses with it.
+    if key.device.type == "cpu":
         drawn: Tensor = torch.ops.ltd_fx._sample_on_cpu(key, site, batch, seq_len, keep, rank)
         return drawn
     return sample(key, site, batch, seq_len, keep, rank)
 
 
 def _scatter_in_graph(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
-    recompute_what_follows()  # a layer ends here
+    recompute_what_follows()  # A layer ends here.
     return scatter_rows(hidden, indices, kept, batch_first)
 
 

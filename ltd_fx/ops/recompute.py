@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ltd_fx.torch_private import OpOverload, must_recompute, traced_graph_maybe
 
-# in a node's meta
+# This key is in a node's meta.
 _ALIGNED, _SEEN = "ltd_fx_aligned", "ltd_fx_seen"
 
 
@@ -57,7 +57,7 @@ def _is_elementwise(node: fx.Node) -> bool:
     op = node.target
     if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded in op.tags:
         return False
-    # attention pads its mask
+    # Attention pads its mask.
     return torch.Tag.pointwise in op.tags or op.is_view or op is torch.ops.aten.constant_pad_nd.default
 
 

@@ -20,7 +20,7 @@ from torch import fx
 from ltd_fx.errors import LTDError
 
 _VARIABLE = "LTD_FX_PASSES"
-_OPTIONAL = ("check", "span")  # without the others no layer is routed, or is routed wrong
+_OPTIONAL = ("check", "span")  # Without the others no layer is routed, or it is routed wrong.
 _rewrites = itertools.count()
 
 

@@ -34,7 +34,7 @@ def route(graph: fx.Graph) -> int:
     count = 0
     for located in located_calls(graph):
         pattern, call = located.pattern, located.call
-        _, hidden, *_ = located.draw.args  # an earlier call may have replaced it since
+        _, hidden, *_ = located.draw.args  # An earlier call may have replaced it since.
         returned = tuple((slot, name and located.full.get(name)) for slot, name in pattern.returned.items())
         with graph.inserting_before(call):
             located.split = located.insert(split_hidden, located.draw, hidden, pattern.batch_first)

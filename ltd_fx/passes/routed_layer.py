@@ -52,7 +52,7 @@ class RoutedLayer(nn.Module):
     _ltd_base: type[nn.Module]
     _ltd_graph: fx.Graph
     _ltd_forward: Callable[..., Any]
-    _ltd_positional: tuple[str, ...]  # names of what its forward takes by position, in order
+    _ltd_positional: tuple[str, ...]  # The names of what its forward takes by position, in order.
     _ltd_arguments: tuple[Any, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ def routed_class(
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
     name = layer_class.__name__
-    # of the other layers of its route, which are in graphs of their own, it is only known whether there are some
+    # The other layers of its route are in graphs of their own: it is only known whether there are some.
     layer = CallSite(name, name, "", True, pattern=pattern, route=None if enters else "", leaves=leaves)
     rewrite(graph, targets={LAYER: Target(layer, signature, SITE)})
     namespace = {

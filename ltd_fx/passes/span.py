@@ -38,7 +38,8 @@ def span(graph: fx.Graph) -> int:
             takes them too, or the layers are called in another order.
     """
     count = 0
-    under_way: dict[str | None, tuple[LocatedCall, fx.Node | None]] = {}  # the latest call of a route, and what waits
+    # For each route under way: its latest call, and the dropped tokens.
+    under_way: dict[str | None, tuple[LocatedCall, fx.Node | None]] = {}
     for located in located_calls(graph):
         layer = located.layer
         assert located.split is not None
@@ -53,7 +54,7 @@ def span(graph: fx.Graph) -> int:
                 previous, rest = under_way.pop(layer.route)
                 _check_chain(located, previous)
                 draw = previous.draw
-            else:  # in the graph of one layer, its neighbours are in others
+            else:  # This is the graph of one layer, whose neighbours are in others.
                 with graph.inserting_before(located.draw):
                     holder, hidden, *_ = located.draw.args
                     draw = located.insert(take_over, holder, hidden, layer.leaves)
@@ -119,8 +120,8 @@ def _reuse(graph: fx.Graph, draw: fx.Node) -> None:
     gathered: dict[Any, fx.Node] = {}
     for node in list(draw.users):
         try:
-            first = gathered.setdefault((node.target, node.args), node)  # nodes in it are compared by identity
-        except TypeError:  # a constant without a hash, which a slice has not before Python 3.12
+            first = gathered.setdefault((node.target, node.args), node)  # The nodes in it are compared by identity.
+        except TypeError:  # A constant has no hash, as a slice has none before Python 3.12.
             continue
         if first is not node:
             node.replace_all_uses_with(first)

@@ -81,7 +81,7 @@ class Examination:
         self.training = True
         try:
             calls = self._observe(describe(*self._inputs) if self._fake else self._inputs)
-        except LTDError:  # for want of targets, or because it throws dice
+        except LTDError:  # The model wants targets, or depends on random numbers.
             calls = self.calls
         before, now = by_name(self.calls), by_name(calls)
         other = [name for name in before.keys() & now if structure(before[name]) != structure(now[name])]
@@ -171,14 +171,14 @@ class Examination:
             try:
                 proof = how(self._call(layer, seq_dim, _TOKENS))
                 if proof.status == "verified" and (proof.counts or self._has_table(layer, seq_dim)):
-                    # a window or a table may only show at full length
+                    # A window or a table may only show at full length.
                     proof = how(self._call(layer, seq_dim, None))
             except LTDError as error:
                 failure = failure or str(error)
                 continue
             if proof.status == "verified":
                 return pattern, proof
-            # of several failures, one of ours tells the remedy
+            # One of our own messages, of several failures, tells the remedy.
             if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
                 best = pattern, proof
         if best is None:
@@ -243,6 +243,6 @@ class Examination:
                         if hypothesis not in seen:
                             seen.append(hypothesis)
                             yield hypothesis
-        # the usual layout could not even be inferred: that is what to tell, not what became of the other one
+        # The usual layout could not even be inferred: the user is told that, not what became of the other one.
         if failure and not any(pattern.batch_first for pattern in seen):
             raise LTDError(failure)

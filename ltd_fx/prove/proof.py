@@ -59,7 +59,7 @@ def prove(
         return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
     few = all(t.numel() // t.shape[-1] < _FEW for t in leaves((call.args, call.kwargs)) if is_stream(t) and t.numel())
     reason = ""
-    for dtype in (torch.float64, torch.float32):  # some kernels know no float64
+    for dtype in (torch.float64, torch.float32):  # Some kernels know no float64.
         try:
             layer = _random_copy(slot, dtype)
             how = (layer_class, pattern, call, dtype, atol, shared, protected)
@@ -209,7 +209,7 @@ def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
 
 
 def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # without its hooks, which may hold all of the user's program
+    # Its hooks are left out, for they may hold all of the user's program.
     layer = copy.deepcopy(slot, {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)})
     if isinstance(layer, RoutedLayer):
         swap_back(layer)
@@ -232,7 +232,8 @@ def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _noise(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")  # whatever the default device
+    # The random numbers are made on the CPU, whatever the default device is.
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _fill(flat: Tensor, pool: Tensor) -> Tensor:

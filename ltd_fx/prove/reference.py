@@ -114,7 +114,7 @@ class DefaultDtype(TorchDispatchMode):
         if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype() or result.dtype == self.dtype:
             return result
         given = tensors_in((*args, *kwargs.values()))
-        # torch.tensor makes its tensor unseen, and has it lifted
+        # torch.tensor makes its tensor unseen, and has it lifted.
         unnamed = kwargs.get("dtype") is None and not any(t.is_floating_point() or t.is_complex() for t in given)
         return result.to(self.dtype) if unnamed or func is torch.ops.aten.lift_fresh.default else result
 
@@ -158,7 +158,7 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
     Raises:
         NotVerifiableError: too many softmaxes, or their number depends on the values.
     """
-    # each dropped token becomes another token of its sequence, halved
+    # Each dropped token becomes another token of its sequence, halved.
     other = torch.where(kept[..., None], hidden, hidden.roll(1, dims=1) / 2)
     blind = torch.zeros_like(kept)
     blocked: list[Tensor] = []
@@ -173,7 +173,7 @@ def dense_reference(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, kept
             return Reference(ours, theirs, blind, unblocked, first.counted)
         changed = _changed(first.scores, second.scores)
         blind |= _blind(first.scores, changed, *kept.shape)
-        # a dropped query's whole row changes; its output is read by nobody, but must stay finite
+        # A dropped query's whole row changes. Nobody reads its output, but it must stay finite.
         blocked.append(changed & ~(changed | first.scores.isneginf()).all(-1, keepdim=True))
 
 
@@ -185,7 +185,7 @@ def _run(call: Callable[[Tensor], list[Tensor]], hidden: Tensor, blocked: list[T
 
 def run_plain(call: Callable[[Tensor], list[Tensor]], hidden: Tensor) -> list[Tensor]:
     """Run a layer with every softmax in plain sight."""
-    # with gradients enabled: without, torch takes fused paths that hide the scores
+    # Gradients are enabled, since torch would otherwise take fused paths that hide the scores.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), PlainKernels():
         return call(hidden)
 

@@ -84,7 +84,7 @@ def _tensors(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> list[
             )
         pairs = zip(items, _entries(entry, len(items)), strict=True)
         return [request for item, e in pairs for request in _tensors(draw, item, name, e or ())]
-    if isinstance(value, BlockMask):  # nothing is left to gather
+    if isinstance(value, BlockMask):  # Nothing is left to gather.
         return [(_rebuild(draw, value, name), Aligned(()))]
     if each or not isinstance(value, Tensor):
         raise LTDError(
@@ -116,7 +116,7 @@ def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
     remedy = "correct `aligned` in the layer's LayerPattern"
 
     def what() -> str:
-        # only where it is needed: a layer's name in the traced path would cost a graph a layer
+        # The name is read here alone: in the traced path, it would cost a graph for each layer.
         return f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)}"
 
     rows = draw.seq_len + aligned.prefix
@@ -149,7 +149,7 @@ def _rows(draw: Draw, prefix: int) -> Tensor:
 def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
     """The kept rows of each; by the operators, or by indexing where they do not serve."""
     gathered = [value for value, _ in requests]
-    # by prefix, which decides the rows: place in `requests`, value, dimension
+    # For each prefix, which decides the rows: the place in `requests`, the value, the dimension.
     together: dict[int, list[tuple[int, Tensor, int]]] = {}
     for place, (value, aligned) in enumerate(requests):
         if not aligned.dims:
@@ -157,7 +157,7 @@ def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
         front = value[None] if aligned.batch is None else value.movedim(aligned.batch, 0)
         dims = tuple(dim + (aligned.batch is None or dim < aligned.batch) for dim in aligned.dims)
         rows = draw.indices.shape[0]
-        # batch times heads; and torch.func cannot differentiate an operator that has a formula for its gradient
+        # Others have batch times heads, or need a gradient, which torch.func cannot take of an operator with a formula.
         served = (front.shape[0] == 1 or rows == 1 or front.shape[0] == rows) and not value.requires_grad
         if served and len(dims) == 1:
             together.setdefault(aligned.prefix, []).append((place, front, dims[0]))

@@ -18,7 +18,8 @@ def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
     Raises:
         LTDError: they are not a 3-D floating-point tensor, or they are a DTensor.
     """
-    if type(hidden).__name__ == "DTensor":  # by name: its module takes as long to import as the whole of ltd_fx
+    # It is known by name: its module takes as long to import as the whole of ltd_fx.
+    if type(hidden).__name__ == "DTensor":
         raise LTDError(
             f"ltd_fx: {site.name}: the hidden states are a DTensor, placed {hidden.placements}; route plain ones: "
             "gather before the layer (PrepareModuleInput, desired_input_layouts=Replicate(), use_local_output=True), "
@@ -64,7 +65,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
             "program; call model.eval() before torch.export or torch.jit.trace"
         )
     indices = _indices(site, hidden, batch, seq_len, keep)
-    # under torch.compile equal gathers are one anyway
+    # torch.compile makes equal gathers one anyway.
     gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
     return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
 
@@ -75,7 +76,7 @@ def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
         return
     if isinstance(cache, (tuple, list)):
         before = any(isinstance(value, Tensor) for value in cache)
-    else:  # a dense first layer has put this forward's tokens there already
+    else:  # A dense first layer has put this forward's tokens there already.
         before = hasattr(cache, "get_seq_length") and cache.get_seq_length() > seq_len
     if before:
         site.state.refuse_cache(site.name)
@@ -126,7 +127,7 @@ def rank_tokens(
                 f"{batch}; give the model a mask with a row for each, or transform it with protect=None"
             )
         padding = mask.to(device) == 0
-        # one draw for the batch drops first what is padding in every sequence
+        # A draw for the whole batch drops first what is padding in every sequence.
         return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
     positions = torch.arange(seq_len, device=device)
     first = positions < protect if isinstance(protect, int) else protect(positions)
@@ -136,7 +137,8 @@ def rank_tokens(
 
 
 def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:
-    if torch.compiler.is_compiling():  # where neither warnings nor flags can be traced: warn while compiling, once
+    # Neither warnings nor flags can be traced here, so the warning is given once, while compiling.
+    if torch.compiler.is_compiling():
         at_compile_time(_warn_while_compiling)
     elif not state.warned:
         state.warned = True

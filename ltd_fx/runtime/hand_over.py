@@ -55,11 +55,11 @@ def take_over(site: Site, hidden: Tensor, leaves: bool) -> Draw | None:
 
 
 def _handed_on(span: Span, hidden: Tensor) -> bool:
-    if version(hidden) != span.version:  # written into
+    if version(hidden) != span.version:  # It was written into.
         return False
     if hidden is span.hidden:
         return True
-    # FSDP's hooks hand on a view of it
+    # FSDP's hooks hand on a view of it.
     return not torch.compiler.is_compiling() and span.hidden is not None and _memory(hidden) == _memory(span.hidden)
 
 

@@ -12,7 +12,7 @@ from ltd_fx.runtime.records import Draw
 def _boundaries(draw: Draw, ends: Tensor) -> Tensor:
     """Cumulative lengths ``[documents + 1]`` over all rows of the batch: how many kept tokens come before each."""
     starts = draw.seq_len * torch.arange(draw.batch, device=draw.indices.device)
-    rows = (starts[:, None] + draw.indices).flatten()  # ascending
+    rows = (starts[:, None] + draw.indices).flatten()  # They are ascending.
     return torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype)
 
 

@@ -51,7 +51,8 @@ def draw_rank(mesh: DeviceMesh) -> int:
 def gather_from_ranks(value: Any, mesh: DeviceMesh | None) -> list[tuple[int, Any]]:
     """Collective: (rank, its ``value``) of all ranks of ``mesh`` (``None``: all there are), by rank."""
     everyone = [(dist.get_rank(), value)]
-    for group in [None] if mesh is None else mesh.get_all_groups():  # along one dimension after the other
+    # The gathers go along one dimension of the mesh after the other.
+    for group in [None] if mesh is None else mesh.get_all_groups():
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, everyone, group)
         everyone = [entry for entries in gathered for entry in entries]

@@ -11,7 +11,7 @@ from ltd_fx.runtime.state import RouteState, record
 from ltd_fx.schedule import ReservedLength
 from ltd_fx.torch_private import in_backward
 
-# Between the numbers of a layer's calls in one forward; no model has as many layers.
+# The numbers of a layer's calls in one forward are this far apart. No model has as many layers.
 _CALL = 1 << 16
 
 
@@ -44,7 +44,7 @@ class Span:
         """Forget the forward."""
         self.open = False
         self.draw: Draw | None = None
-        self.hidden: Tensor | None = None  # of the kept tokens, as the layer before returned them
+        self.hidden: Tensor | None = None  # The kept tokens, as the layer before returned them.
         self.version = 0
 
     def hold(self, hidden: Tensor) -> None:
@@ -79,16 +79,17 @@ class Site:
         in_graph: bool = False,
     ) -> None:
         self.name = name
-        # tensors, not ints: as data, they let identical layers compiled one by one share a graph
+        # These are tensors, not ints: as data, they let identical layers that are compiled one by one share a graph.
         self._first = torch.tensor(number, device=state.device)
-        self.number = self._first  # of the call in progress
-        self._layer = weakref.ref(layer)  # which holds its site: a cycle would keep the weights until it is collected
+        self.number = self._first  # The number of the call in progress.
+        # A strong reference would be a cycle, for the layer holds its site, and keep the weights until it is collected.
+        self._layer = weakref.ref(layer)
         self.state = state
         self.length: Length = state.lengths[None] if length is None else length
-        self.span = span  # on a route over several layers
+        self.span = span  # None unless the layer is on a route over several.
         self.in_graph = in_graph
-        self.fixed: Tensor | None = None  # while verifying: the indices to keep
-        # of this forward: the calls before the latest, and the latest
+        self.fixed: Tensor | None = None  # The indices to keep while the layer is being verified.
+        # What this forward has drawn: in the calls before the latest, and in the latest.
         self._earlier: tuple[Drawn, ...] = ()
         self._latest: Drawn | None = None
         state.sites.append(self)

@@ -14,7 +14,7 @@ def sampled_indices(sites: list[Site]) -> dict[str, Tensor]:
     Raises:
         LTDError: no training forward was seen.
     """
-    first: dict[Span, Site] = {}  # the layers of a route keep what its first one does
+    first: dict[Span, Site] = {}  # The layers of a route keep what its first one does.
     found = {}
     for site in sites:
         drawing = site if site.span is None else first.setdefault(site.span, site)

@@ -55,21 +55,21 @@ class RouteState:
         self.rank = 0 if mesh is None else draw_rank(mesh)
         self.shared = shared
         self.dense = dense
-        self.layers: Sequence[TargetLayer] = ()  # the model's target layers, dense ones too
-        self._calls: dict[str, int] = {}  # of routed layers by one forward
-        # how many routed layers have which share of their own, or none; and the lengths that they read
+        self.layers: Sequence[TargetLayer] = ()  # All target layers of the model, dense ones too.
+        self._calls: dict[str, int] = {}  # How often one forward calls each routed layer.
+        # How many routed layers have which share of their own, or none; and the lengths that they read.
         self.shares: dict[float | None, int] = {None: routed - sum(shares.values()), **shares}
         self.lengths = {share: ReservedLength(share) for share in self.shares}
         self.protect: Protect = None
-        self.protected = 0  # so many first tokens, in every draw
+        self.protected = 0  # So many first tokens are in every draw.
         self.mask_place = 0
-        self.mask: Tensor | None = None  # the batch's, where `protect` names it
+        self.mask: Tensor | None = None  # The batch's mask, where `protect` names it.
         self.device = torch.device("cpu")
         self.sites: list[Member] = []
         self.warned = False
-        self.root = ""  # class of the module whose forwards bring new keys, if there is one
-        self.under_way = False  # whether a training forward of it is
-        self._grad = True  # whether that forward has a backward
+        self.root = ""  # The class of the module whose forwards bring new keys, if there is one.
+        self.under_way = False  # Whether a training forward of that module is under way.
+        self._grad = True  # Whether that forward has a backward.
         self._recomputable: tuple[Tensor, int] | None = None
         self._ambiguous = False
         self.begin_step(0 if scheduler is None else scheduler._step)
@@ -108,7 +108,7 @@ class RouteState:
 
     def set_forward(self, forward: int) -> None:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
-        # a fill, not a copy: on an accelerator this is a kernel launch without synchronisation
+        # A fill is a kernel launch on an accelerator, where a copy from the host would synchronise.
         self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
 
     def _first_key(self) -> int:
@@ -206,7 +206,7 @@ class RouteState:
         """
         if not recomputing:
             if not self._grad:
-                return  # no backward will follow
+                return  # No backward will follow.
             before = self._recomputable
             if before is None or before[0] is not self.key:
                 self._ambiguous = before is not None and before[1] == self._step
@@ -218,7 +218,7 @@ class RouteState:
                 "each forward, or checkpoint inside the layer (transformers' gradient_checkpointing_enable() does)."
             )
         else:
-            # the backward of this forward has begun: the next forward is the only one awaiting a recompute
+            # The backward of this forward has begun, so the next forward is the only one that awaits a recompute.
             self._recomputable = (self.key, -1)
 
     # ---- resuming

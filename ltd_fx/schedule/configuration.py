@@ -16,7 +16,7 @@ def digest(length_at: Callable[[int], int], steps: int) -> str:
     try:
         for step in range(steps):
             lengths.update(b"%d " % length_at(step))
-    except Exception:  # the user's: it is raised where that step is taken
+    except Exception:  # The user's function raises it again where that step is taken.
         lengths.update(b"end")
     return lengths.hexdigest()[:16]
 

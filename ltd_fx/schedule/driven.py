@@ -9,9 +9,9 @@ from ltd_fx.schedule.length import ReservedLength
 class Driven(Protocol):
     """A transformed model's side of its scheduler; ``runtime.state.RouteState`` is the one implementation."""
 
-    shares: dict[float | None, int]  # how many routed layers have which share of their own, or none
-    dense: int  # how many target layers are dense
-    lengths: dict[float | None, ReservedLength]  # that the routed layers read, by share
+    shares: dict[float | None, int]  # How many routed layers have which share of their own, or none.
+    dense: int  # How many target layers are dense.
+    lengths: dict[float | None, ReservedLength]  # What the routed layers read, by share.
 
     @property
     def spans_ranks(self) -> bool:

@@ -44,7 +44,7 @@ class ReservedLength:
         if self.published == length:
             return
         self._carrier = torch.empty(length, 0)
-        if length > 1:  # a length of 1 is a graph of its own: torch specialises sizes 0 and 1
+        if length > 1:  # A length of 1 has a graph of its own, since torch specialises sizes 0 and 1.
             mark_dynamic(self._carrier, 0)
 
     def tokens(self, seq_len: int) -> int:
@@ -60,7 +60,8 @@ class ReservedLength:
         if length >= self._whole:
             return seq_len
         kept = length * seq_len // self._whole
-        return kept if kept > 1 else 1  # what is compiled then knows that it is more than 1, where a layer asks for it
+        # What is compiled then knows that the length is more than 1, where a layer asks for it.
+        return kept if kept > 1 else 1
 
     def share_of(self, seq_len: int) -> int:
         """The share of ``seq_len`` tokens, at least one."""

@@ -79,7 +79,7 @@ class LayerTokenLR(LRScheduler):
         self.warmup_layer_tokens = warmup_layer_tokens
         self.decay = decay
         self.min_ratio = float(min_ratio)
-        self._untouched: int | None = None  # layer tokens at the start, until the first step finds more
+        self._untouched: int | None = None  # The layer tokens at the start, until the first step finds more.
         super().__init__(optimizer)
         self._untouched = scheduler.consumed_layer_tokens
 

@@ -25,8 +25,8 @@ DEVICES = {
     "b200": Device(2250e12, 8.0e12),
     "a100": Device(312e12, 2.04e12),
 }
-_BYTES = 2  # of a hidden state in 16 bits
-# Elements of hidden states that routing reads and writes, a kept token, layer and direction, at most.
+_BYTES = 2  # A hidden state of 16 bits has so many bytes.
+# Routing reads and writes at most so many elements of hidden states for each kept token, layer and direction.
 _ROUTING_ELEMENTS = 4
 # A routed layer runs about so many more kernels a step, and a device starts one in about so many seconds.
 _KERNELS, _LAUNCH = 6, 4e-6
@@ -118,7 +118,7 @@ def make_plan(
     routed = model.layers - model.dense_layers
     full = model.layer_flops(model.seq_len)
     dense = steps * (model.layers * full + model.head_flops())
-    lengths: dict[int, int] = {}  # how many steps have which length
+    lengths: dict[int, int] = {}  # How many steps have which length.
     for step in range(steps):
         length = scheduler.length_at(step)
         lengths[length] = lengths.get(length, 0) + 1

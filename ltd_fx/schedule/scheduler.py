@@ -56,7 +56,7 @@ class LTDScheduler:
         LTDError: for an argument out of range or an unknown kind.
     """
 
-    _digest: str | None = None  # of a callable's lengths, once asked for
+    _digest: str | None = None  # The digest of a callable's lengths, once it was asked for.
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LTDScheduler:
             raise LTDError(f"LTDScheduler: relative must be True or False, got {relative!r}")
         self.relative = relative
         self._state: Driven | None = None
-        # by share: the length now, and the sum of the lengths of the steps so far
+        # For each share, the length now, and the sum of the lengths of the steps so far.
         self._lengths: dict[float | None, ReservedLength] = {None: ReservedLength()}
         self._sums: dict[float | None, int] = {None: 0}
         self._step = 0
@@ -105,8 +105,8 @@ class LTDScheduler:
             span, own = self.max_length - self.min_length, self.max_length - self.least(share)
             length = self.max_length - (self.max_length - length) * own / span if span else float(self.max_length)
         if length >= self.max_length and self.kind != "linear":
-            return self.max_length  # also where it is no multiple; linear goes on to the next one
-        # half of the way is not a rounding error less; DeepSpeed's own formula is left as it is
+            return self.max_length  # It is reached also where it is no multiple; linear goes on to the next one.
+        # Half of the way must not be a rounding error less. DeepSpeed's own formula is left as it is.
         rounded = math.floor(length if self.kind == "linear" and share is None else length + 1e-9)
         rounded -= rounded % self.multiple_of
         least = -(-self.least(share) // self.multiple_of) * self.multiple_of

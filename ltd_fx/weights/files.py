@@ -16,7 +16,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.runtime import gather_from_ranks
 from ltd_fx.weights.keys import check_whole, clean_state_dict, own_name, unwrapped
 
-_ALIAS = "alias:"  # in a safetensors file's metadata: a name that shares another's tensor
+_ALIAS = "alias:"  # This key in a safetensors file's metadata marks a name that shares another's tensor.
 
 
 def save_clean(model_or_state_dict: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -80,7 +80,7 @@ def _save(state: dict[str, Any], path: Path) -> None:
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save on a full disk: RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk.
         raise LTDError(f"ltd_fx.save_clean: {path} cannot be written: {error}") from error
     finally:
         Path(name).unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def load_clean(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{tuple(value.shape)} here"
             )
         own[key] = _placed_as(value, loaded[name])
-    # the longest first: a wrapper that puts its child's name in again must not meet a module of that name
+    # The longest goes first: a wrapper that puts its child's name in again must not meet a module of that name.
     model.load_state_dict(dict(sorted(own.items(), key=lambda item: -item[0].count("."))))
 
 
@@ -138,7 +138,7 @@ def _placed_as(own: Any, value: Tensor) -> Tensor:
 def _is_sharded(value: Any) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    from torch.distributed.tensor import DTensor  # which `import torch` leaves out
+    from torch.distributed.tensor import DTensor  # `import torch` leaves this module out.
 
     return isinstance(value, DTensor)
 
@@ -154,7 +154,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
         return torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # A damaged file raises nearly anything.
         raise LTDError(f"ltd_fx: {path} cannot be read: {error}") from error
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from ltd_fx.errors import LTDError
 from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE, FSDP_WRAPPED_MODULE, ORIG_MOD, child_slots
 
-_AVERAGES = "n_averaged"  # AveragedModel's count of them, beside the weights
+_AVERAGES = "n_averaged"  # AveragedModel keeps its count of averages beside the weights.
 # The child that each wrapper holds the model in, by the wrapper's package and class: none of them is imported for it.
 _HOLDS = {
     ("torch", "OptimizedModule"): ORIG_MOD,
@@ -96,7 +96,8 @@ def own_name(model: nn.Module, key: str) -> str | None:
             return None
         if part != held:
             own.append(part)
-        module = None if module is None else child_slots(module).get(part)  # None: what is left is a tensor's name
+        # It is None where a tensor's name is all that is left.
+        module = None if module is None else child_slots(module).get(part)
     return ".".join(own)
 
 
@@ -123,7 +124,8 @@ def _without_averages(names: list[str]) -> list[str | None]:
     """Without the count and the ``module`` of each ``AveragedModel``: whatever has these two children and no others."""
     own: list[str | None] = list(names)
     counts = [name for name in names if name.split(".")[-1] == _AVERAGES]
-    for count in sorted(counts, key=lambda name: -name.count(".")):  # an average of an average: from the inside
+    # An average may be one of an average; they are taken off from the inside.
+    for count in sorted(counts, key=lambda name: -name.count(".")):
         outer = count.removesuffix(_AVERAGES)
         held = f"{outer}module."
         within = [i for i, name in enumerate(own) if name is not None and name.startswith(outer) and name != count]
