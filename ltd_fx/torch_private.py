@@ -81,6 +81,59 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
+# ---- symbolic sizes
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A fake mode whose tensors may have symbolic sizes, each a symbol of its own."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+
+
+def symbolic_length(mode: FakeTensorMode, size: int) -> torch.SymInt:
+    """A symbol of :func:`symbolic_mode` that stands for ``size``, and is known to be more than 1."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tensor = mode.from_tensor(torch.empty(size), source=ConstantSource("length"), symbolic_context=context)
+    return tensor.shape[0]  # type: ignore[return-value]  # a symbol, which is typed as the integer it stands for
+
+
+def size_expr(size: Any) -> Any:
+    """The sympy expression of a symbolic or plain number."""
+    import sympy
+
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
+
+
+def guards_of(mode: FakeTensorMode) -> list[tuple[Any, str]]:
+    """What was decided by symbolic sizes so far: each condition, and where, in the user's file if it is there."""
+    places = [(g.expr, g.sloc.maybe_user_loc or g.sloc.framework_loc) for g in mode.shape_env.guards]
+    return [
+        (expr, f"{place.filename}:{place.lineno}" if hasattr(place, "lineno") else str(place)) for expr, place in places
+    ]
+
+
+def is_replaced(mode: FakeTensorMode, symbol: Any) -> bool:
+    """Whether the symbol became a number, as ``float(length)`` makes it."""
+    return symbol in mode.shape_env.replacements
+
+
+def make_graph(function: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
+    """``function`` traced on fake tensors into operators of aten, before autograd decomposes them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    options: dict[str, Any] = {"pre_dispatch": True, "_allow_non_fake_inputs": True, "record_stack_traces": True}
+    return make_fx(function, tracing_mode="real", **options)(*inputs)
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an operator: its name, its arguments, and whether it writes into one."""
+    return target._schema
+
+
 # ---- operators
 
 SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)

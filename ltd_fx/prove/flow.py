@@ -1,0 +1,210 @@
+"""Token flow: how tokens meet in a layer, read off its traced graph, operator by operator.
+
+A layer may see a subset of the tokens if they meet in attention only, and if nothing in it depends on how many there
+are or on which place one has among them. ``values`` has what is known of a tensor, ``rules`` what an operator makes of it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx
+
+from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of
+from ltd_fx.torch_private import OpOverload, pytree, schema_of, size_expr, storage_of
+
+Rule = Callable[["Op"], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the operators ``aten.<name>``, whatever their overloads; names have spaces between them."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+class Verdict(NamedTuple):
+    """``mixes``: shown wrong. Neither that nor ``unknown``: shown right."""
+
+    mixes: str = ""
+    unknown: str = ""
+
+
+class Op:
+    """One call of an operator, as a rule sees it: arguments by their names in the schema, tensors as their values."""
+
+    def __init__(self, flow: "Flow", node: fx.Node) -> None:
+        self.flow, self.node = flow, node
+        schema = schema_of(node.target)
+        self.name = operator_name(node)
+        self.names = frozenset(argument.name for argument in schema.arguments)
+        self._bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        self._bound.update(zip((a.name for a in schema.arguments), node.args, strict=False))
+        self._bound.update(node.kwargs)
+        self.out: Any = node.meta.get("val")
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument that is no tensor; a symbolic number as it is."""
+        value = self._bound.get(name)
+        return pytree.tree_map_only(fx.Node, lambda node: node.meta.get("val"), value)
+
+    def value(self, name: str) -> Value:
+        """A tensor's value; a number's is that of a tensor without dimensions."""
+        return self._value_of(self._bound[name])
+
+    def values(self, name: str) -> list[Value]:
+        return [self._value_of(item) for item in self._bound[name]]
+
+    def maybe(self, name: str) -> Value | None:
+        return None if self._bound.get(name) is None else self.value(name)
+
+    def operands(self) -> list[Value]:
+        """All tensors and symbolic numbers among the arguments, in order."""
+        nodes = [leaf for leaf in pytree.tree_leaves(list(self._bound.values())) if isinstance(leaf, fx.Node)]
+        return [self._value_of(node) for node in nodes if node in self.flow.values or self.flow.is_length(node)]
+
+    def _value_of(self, item: Any) -> Value:
+        if isinstance(item, fx.Node) and item in self.flow.values:
+            value: Value = self.flow.values[item]
+            return value
+        counts = isinstance(item, fx.Node) and self.flow.is_length(item)
+        return Value(Kind.POSITION if counts else Kind.FIXED, ())
+
+    def dim(self, name: str, ndim: int) -> int:
+        return int(self[name]) % max(ndim, 1)
+
+    def dims(self, name: str, ndim: int) -> set[int]:
+        """Dimensions to reduce: those that are named, or all."""
+        given = self[name]
+        given = [given] if isinstance(given, int) else given
+        return {int(d) % max(ndim, 1) for d in given} if given else set(range(ndim))
+
+    def axis(self, size: Any) -> Axis:
+        return axis_of(size_expr(size), self.flow.length)
+
+    def axes(self, shape: Sequence[Any]) -> tuple[Axis, ...]:
+        """The axes of a new tensor."""
+        return tuple(map(self.axis, shape))
+
+
+class Flow:
+    """The abstract interpretation of one graph.
+
+    Args:
+        graph: traced from a layer, with the fake tensor of each node in ``meta["val"]``.
+        length: the symbol of the number of tokens.
+        inputs: the values of the placeholders, in order.
+    """
+
+    def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value]) -> None:
+        self.length = length
+        self.values: dict[fx.Node, Any] = {}
+        self._graph, self._inputs = graph, iter(inputs)
+        self._storages: dict[int, set[fx.Node]] = {}
+
+    def is_length(self, node: fx.Node) -> bool:
+        """Whether the node is a number that depends on the length."""
+        value = node.meta.get("val")
+        return isinstance(value, (torch.SymInt, torch.SymFloat)) and self.length in size_expr(value).free_symbols
+
+    def judge(self, output: Callable[[Any], Any], hidden: tuple[Axis, ...]) -> Verdict:
+        """What the graph says of the layer.
+
+        Args:
+            output: of what the layer returns, the hidden states.
+            hidden: their axes, as they came in.
+        """
+        for node in self._graph.nodes:
+            try:
+                if node.op == "output":
+                    self._check_output(output(node.args[0]), hidden)
+                else:
+                    self._visit(node)
+            except MixesError as error:
+                return Verdict(mixes=f"{error}: {_where(node)}")
+            except UnknownError as error:
+                return Verdict(unknown=f"{error}: {_where(node)}")
+        return Verdict()
+
+    def _visit(self, node: fx.Node) -> None:
+        made: Any = node.meta.get("val")
+        if node.op == "placeholder":
+            self.values[node] = next(self._inputs)
+        elif node.op == "get_attr":
+            self.values[node] = Value(Kind.FIXED, tuple(axis_of(size_expr(n), self.length) for n in made.shape))
+        elif not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(made)):
+            return
+        elif not isinstance(node.target, OpOverload):
+            self._getitem(node)
+        else:
+            op, writes = Op(self, node), schema_of(node.target).is_mutable
+            if writes:
+                self._check_write(node)
+            if op.name in RULES:
+                self.values[node] = RULES[op.name](op)
+            else:
+                self._without_rule(op)
+            if writes:
+                self.values[cast("fx.Node", node.args[0])] = self.values[node]
+        if isinstance(made, Tensor):
+            self._storages.setdefault(storage_of(made), set()).add(node)
+
+    def _getitem(self, node: fx.Node) -> None:
+        source, *index = cast("tuple[Any, ...]", node.args)
+        if getattr(node.target, "__name__", "") != "getitem" or not isinstance(self.values.get(source), (list, tuple)):
+            raise UnknownError("nothing is known of this operator")
+        self.values[node] = self.values[source][index[0]]
+
+    def _check_write(self, node: fx.Node) -> None:
+        """An operator that writes into its first argument: nothing else may see it."""
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        if written.op in ("placeholder", "get_attr"):
+            raise MixesError("it changes a state that it keeps, or its input")
+        if self._storages.get(storage_of(written.meta["val"]), set()) - {written}:
+            raise UnknownError("it writes into a part of a tensor")
+
+    def _without_rule(self, op: Op) -> None:
+        """An operator that is not known: harmless, where nothing that it takes depends on tokens."""
+        made = op.out
+        if not isinstance(made, Tensor) or any(v.token_axes() or v.kind is not Kind.FIXED for v in op.operands()):
+            raise UnknownError("nothing is known of this operator")
+        axes = op.axes(made.shape)
+        if any(factor.tokens for axis in axes for factor in axis):
+            raise UnknownError("nothing is known of this operator")
+        self.values[op.node] = Value(Kind.FIXED, axes)
+
+    def _check_output(self, node: Any, hidden: tuple[Axis, ...]) -> None:
+        value = self.values.get(node)
+        if not isinstance(value, Value):
+            raise UnknownError("its hidden states cannot be told among what it returns")
+        if value.kind in (Kind.RANK, Kind.POSITION):
+            raise MixesError("what it returns counts positions among the tokens that are there")
+        if value.kind is Kind.WEIGHTS or _plain(value.axes) != _plain(hidden):
+            raise UnknownError("the hidden states that it returns have other axes")
+
+
+def operator_name(node: fx.Node) -> str:
+    """``add`` for ``aten.add_.Tensor``."""
+    name = str(schema_of(node.target).name).split("::")[1]
+    return name if name.startswith("__") else name.removesuffix("_")
+
+
+def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
+    return [tuple(factor for factor in axis if factor.tokens) for axis in axes]
+
+
+def _where(node: fx.Node) -> str:
+    """The operator, and the user's line that calls it."""
+    name = operator_name(node) if isinstance(node.target, OpOverload) else node.op
+    frames = re.findall(r'File "(.+?)", line (\d+), in \w+\n\s+(.+)', node.stack_trace or "")
+    outside = [frame for frame in frames if "/torch/" not in frame[0]]
+    if not outside:
+        return name
+    file, line, code = outside[-1]
+    return f"{name}, in {code.strip()!r} ({file}:{line})"

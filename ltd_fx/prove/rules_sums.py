@@ -1,0 +1,106 @@
+"""The rules of token flow for products, softmax and attention: where tokens may meet."""
+
+from dataclasses import replace
+
+from ltd_fx.prove.flow import Op, rule
+from ltd_fx.prove.values import Kind, MixesError, UnknownError, Value, broadcast, has_tokens, join, normalised_axis
+
+
+@rule("matmul mm bmm mv dot")
+def matmul(op: Op) -> Value:
+    return contract(*op.operands())
+
+
+@rule("addmm baddbmm addbmm")
+def addmm(op: Op) -> Value:
+    bias, first, second = op.operands()
+    product = contract(first, second)
+    return join([product, bias], broadcast([product, bias]))
+
+
+def contract(a: Value, b: Value) -> Value:
+    """The product of two matrices, or of batches of them."""
+    if len(a.axes) < 2 or len(b.axes) < 2:
+        if any(map(has_tokens, (*a.axes, *b.axes))):
+            raise UnknownError("a product of vectors")
+        return join([a, b], a.axes[:-1] if len(b.axes) == 1 else b.axes[1:])
+    summed = has_tokens(a.axes[-1]) or has_tokens(b.axes[-2])
+    lead = broadcast([a.with_axes(a.axes[:-2]), b.with_axes(b.axes[:-2])])
+    axes = (*lead, a.axes[-2], b.axes[-1])
+    if not summed:
+        return join([a, b], axes)
+    for weights, others, d in ((a, b, -1), (b, a, -2)):
+        if weights.kind is Kind.WEIGHTS and normalised_axis(weights) == len(weights.axes) + d:
+            if others.kind not in (Kind.ROW, Kind.FIXED):
+                raise MixesError("it counts positions among the tokens that are there")
+            return Value(Kind.ROW, axes, hidden=True)
+    if a.hidden or b.hidden:
+        raise UnknownError("a sum over tokens that is no softmax attention")
+    raise UnknownError("a sum over tokens")
+
+
+@rule("linear")
+def linear(op: Op) -> Value:
+    value, weight = op.value("input"), op.value("weight")
+    if has_tokens(value.axes[-1]):
+        raise MixesError("a linear map over the tokens")
+    if value.kind is Kind.WEIGHTS:
+        raise UnknownError("attention weights are changed")
+    return join([value, weight], (*value.axes[:-1], weight.axes[0] if len(weight.axes) > 1 else ()))
+
+
+@rule("einsum")
+def einsum(op: Op) -> Value:
+    """Two tensors, each letter once in each; what is summed over tokens must be attention weights'."""
+    equation, operands = op["equation"].replace(" ", ""), op.values("tensors")
+    inputs, _, output = equation.partition("->")
+    letters = inputs.split(",")
+    if len(operands) != 2 or "." in equation or not output or any(len(set(x)) != len(x) for x in letters):
+        raise UnknownError("this einsum")
+    axes = {
+        letter: axis
+        for names, v in zip(letters, operands, strict=True)
+        for letter, axis in zip(names, v.axes, strict=True)
+        if axis
+    }
+    summed = {letter for letter in axes if letter not in output and has_tokens(axes[letter])}
+    result = tuple(axes.get(letter, ()) for letter in output)
+    if not summed:
+        return join(operands, result)
+    for weights, names in zip(operands, letters, strict=True):
+        d = normalised_axis(weights) if weights.kind is Kind.WEIGHTS else None
+        if d is not None and summed == {names[d]}:
+            return Value(Kind.ROW, result, hidden=True)
+    raise UnknownError("a sum over tokens that is no softmax attention")
+
+
+@rule("softmax _softmax _safe_softmax")
+def softmax(op: Op) -> Value:
+    value = op.value("self")
+    d = op.dim("dim", len(value.axes))
+    if not has_tokens(value.axes[d]):
+        return join([value], value.axes)
+    if len(value.axes[d]) > 1:
+        raise UnknownError("a softmax over tokens and more")
+    if value.kind in (Kind.RANK, Kind.POSITION, Kind.WEIGHTS):
+        raise UnknownError("a softmax of what is no scores")
+    before = sum(factor.tokens for axis in value.axes[:d] for factor in axis)
+    return replace(value, kind=Kind.WEIGHTS, over=before)
+
+
+@rule("scaled_dot_product_attention")
+def attention(op: Op) -> Value:
+    query, key, value, mask = op.value("query"), op.value("key"), op.value("value"), op.maybe("attn_mask")
+    given = [query, key, value, *([] if mask is None else [mask])]
+    if any(has_tokens(v.axes[-1]) for v in (query, key, value)):
+        raise UnknownError("attention between features, summed over tokens")
+    if any(v.kind in (Kind.RANK, Kind.POSITION) for v in given):
+        raise MixesError("attention goes by positions among the tokens that are there")
+    if any(v.kind is Kind.WEIGHTS for v in given):
+        raise UnknownError("attention weights are changed")
+    if op["is_causal"] and query.axes[-2] != key.axes[-2]:
+        raise UnknownError("causal attention between different sequences")
+    lead = broadcast(
+        [v.with_axes(v.axes[:-2]) for v in (query, value if len(value.axes) == len(query.axes) else query)]
+    )
+    return Value(Kind.ROW, (*lead, query.axes[-2], value.axes[-1]), hidden=True)

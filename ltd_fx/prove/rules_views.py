@@ -1,0 +1,239 @@
+"""The rules of token flow for operators that only arrange: views, parts, joins and look-ups."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+
+from ltd_fx.prove.flow import Op, rule
+from ltd_fx.prove.values import (
+    Axis,
+    Kind,
+    MixesError,
+    UnknownError,
+    Value,
+    broadcast,
+    has_tokens,
+    join,
+    permuted,
+    regroup,
+)
+from ltd_fx.torch_private import size_expr
+
+
+def _sizes(op: Op) -> list[Any]:
+    return [size_expr(n) for n in op.out.shape]
+
+
+@rule("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as ravel _reshape_alias reshape_as")
+def view(op: Op) -> Value:
+    return regroup(op.operands()[0], _sizes(op))
+
+
+@rule("transpose swapaxes swapdims")
+def transpose(op: Op) -> Value:
+    value = op.value("self")
+    names = ("dim0", "dim1") if "dim0" in op.names else ("axis0", "axis1")
+    first, second = (op.dim(name, len(value.axes)) for name in names)
+    order = list(range(len(value.axes)))
+    order[first], order[second] = second, first
+    return permuted(value, order)
+
+
+@rule("t numpy_T mT adjoint matrix_H mH")
+def transposed(op: Op) -> Value:
+    value = op.value("self")
+    order = list(range(len(value.axes)))
+    if op.name == "numpy_T":
+        order.reverse()
+    else:
+        order[-2:] = reversed(order[-2:])
+    return permuted(value, order)
+
+
+@rule("permute")
+def permute(op: Op) -> Value:
+    value = op.value("self")
+    return permuted(value, [int(d) % len(value.axes) for d in op["dims"]])
+
+
+@rule("movedim moveaxis")
+def movedim(op: Op) -> Value:
+    value = op.value("self")
+    ndim = len(value.axes)
+    source, target = ([x] if isinstance(x, int) else list(x) for x in (op["source"], op["destination"]))
+    order: list[int | None] = [None] * ndim
+    for s, t in zip(source, target, strict=True):
+        order[t % ndim] = s % ndim
+    rest = iter(d for d in range(ndim) if d not in order)
+    return permuted(value, [next(rest) if d is None else d for d in order])
+
+
+@rule("expand expand_as broadcast_to repeat tile")
+def expand(op: Op) -> Value:
+    """Axes of size 1 repeated; others as they are, or repeated where they carry no tokens."""
+    value, axes = op.operands()[0], []
+    for d, size in zip(range(-len(op.out.shape), 0), _sizes(op), strict=True):
+        before: Axis = value.axes[d] if len(value.axes) >= -d else ()
+        if sympy.Mul(*(factor.size for factor in before)) == size:
+            axes.append(before)
+        elif has_tokens(before):
+            raise UnknownError("tokens are repeated")
+        else:
+            axes.append(op.axis(size))
+    return value.with_axes(axes)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(op: Op) -> Value:
+    value, dim = op.value("self"), op["dim"]
+    if dim is None or has_tokens(value.axes[int(dim) % len(value.axes)]):
+        raise UnknownError("tokens are repeated")
+    d = int(dim) % len(value.axes)
+    return value.with_axes(op.axis(op.out.shape[i]) if i == d else axis for i, axis in enumerate(value.axes))
+
+
+# ---- parts
+
+
+@rule("select")
+def select(op: Op) -> Value:
+    value = op.value("self")
+    d = op.dim("dim", len(value.axes))
+    _refuse_part(value, value.axes[d])
+    return join([value], (*value.axes[:d], *value.axes[d + 1 :]))
+
+
+@rule("slice narrow")
+def part(op: Op) -> Value:
+    value = op.value("self")
+    d = op.dim("dim", len(value.axes))
+    size, before = size_expr(op.out.shape[d]), value.axes[d]
+    if sympy.Mul(*(factor.size for factor in before)) == size:
+        return value
+    _refuse_part(value, before)
+    after = op.axis(size)
+    result = value.with_axes(after if i == d else axis for i, axis in enumerate(value.axes))
+    if has_tokens(after):  # so many rows of a table, the first ones
+        result = replace(result, kind=Kind.POSITION)
+        result.refuse_places()
+    return result
+
+
+@rule("split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk hsplit")
+def split(op: Op) -> list[Value]:
+    value = op.value("self")
+    d = op.dim("dim", len(value.axes))
+    if len(op.out) > 1:
+        _refuse_part(value, value.axes[d])
+    if op.name == "unbind":
+        return [join([value], (*value.axes[:d], *value.axes[d + 1 :]))] * len(op.out)
+    sizes = [made.shape[d] for made in op.out]
+    return [value.with_axes(op.axis(n) if i == d else axis for i, axis in enumerate(value.axes)) for n in sizes]
+
+
+def _refuse_part(value: Value, axis: Axis) -> None:
+    if has_tokens(axis):
+        if value.hidden:
+            raise MixesError("it takes some of the tokens by their places")
+        raise UnknownError("it takes a part of an argument by place")
+
+
+@rule("diagonal diag linalg_diagonal")
+def diagonal(op: Op) -> Value:
+    if any(value.token_axes() for value in op.operands()):
+        raise UnknownError("a diagonal of tokens")
+    return Value(Kind.FIXED, op.axes(op.out.shape))
+
+
+# ---- joins
+
+
+@rule("cat concat concatenate")
+def cat(op: Op) -> Value:
+    values = [value for value in op.values("tensors") if value.axes]
+    d = op.dim("dim", len(values[0].axes))
+    if any(has_tokens(value.axes[d]) for value in values):
+        if len(values) == 1:
+            return values[0]
+        raise UnknownError("tokens are joined to others")
+    rest = broadcast([value.with_axes(axis if i != d else () for i, axis in enumerate(value.axes)) for value in values])
+    return join(values, (*rest[:d], op.axis(op.out.shape[d]), *rest[d + 1 :]))
+
+
+@rule("stack")
+def stack(op: Op) -> Value:
+    values = op.values("tensors")
+    rest = broadcast(values)
+    d = op.dim("dim", len(rest) + 1)
+    return join(values, (*rest[:d], op.axis(len(values)), *rest[d:]))
+
+
+@rule("pad constant_pad_nd")
+def pad(op: Op) -> Value:
+    value, amounts = op.value("self"), list(op["pad"])
+    for i, d in enumerate(range(len(value.axes) - 1, len(value.axes) - 1 - len(amounts) // 2, -1)):
+        if has_tokens(value.axes[d]) and any(amounts[2 * i : 2 * i + 2]):
+            raise UnknownError("tokens are padded")
+    return join(
+        [value],
+        tuple(axis if has_tokens(axis) else op.axis(n) for axis, n in zip(value.axes, op.out.shape, strict=True)),
+    )
+
+
+# ---- look-ups
+
+
+@rule("embedding")
+def embedding(op: Op) -> Value:
+    indices, weight = op.value("indices"), op.value("weight")
+    kind = Kind.POSITION if indices.kind is Kind.RANK else indices.kind
+    return replace(indices, kind=kind, axes=(*indices.axes, weight.axes[-1]), offset=None)
+
+
+@rule("index_select")
+def index_select(op: Op) -> Value:
+    value, index = op.value("self"), op.value("index")
+    return _look_up(value, [(op.dim("dim", len(value.axes)), index)])
+
+
+@rule("index")
+def index(op: Op) -> Value:
+    value = op.value("self")
+    places = [(d, op.values("indices")[d]) for d, item in enumerate(op["indices"]) if item is not None]
+    return _look_up(value, places)
+
+
+def _look_up(value: Value, places: Sequence[tuple[int, Value]]) -> Value:
+    """Rows of a table by index; the index's axes come where the table's were."""
+    if any(has_tokens(value.axes[d]) for d, _ in places):
+        raise UnknownError("tokens are taken by index")
+    first, count = places[0][0], len(places)
+    if [d for d, _ in places] != list(range(first, first + count)):
+        raise UnknownError("this way of indexing")
+    indices = [index for _, index in places]
+    joined = join([value, *(replace(i, kind=Kind.POSITION) if i.kind is Kind.RANK else i for i in indices)], ())
+    return joined.with_axes((*value.axes[:first], *broadcast(indices), *value.axes[first + count :]))
+
+
+@rule("gather take_along_dim")
+def gather(op: Op) -> Value:
+    value, index = op.value("self"), op.value("index")
+    if has_tokens(value.axes[op.dim("dim", len(value.axes))]):
+        raise UnknownError("tokens are taken by index")
+    return join([value, index], index.axes)
+
+
+@rule("scatter scatter_add scatter_reduce")
+def scatter(op: Op) -> Value:
+    value = op.value("self")
+    if has_tokens(value.axes[op.dim("dim", len(value.axes))]):
+        raise UnknownError("tokens are written by index")
+    return join(op.operands(), value.axes)
+
+
+@rule("one_hot")
+def one_hot(op: Op) -> Value:
+    value = op.value("self")
+    return join([value], (*value.axes, op.axis(op.out.shape[-1])))

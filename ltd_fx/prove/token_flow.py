@@ -1,0 +1,42 @@
+"""The static proof of a layer: traced once, and judged by how tokens flow through it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ltd_fx.learn import Call, LayerPattern, Sandbox
+from ltd_fx.prove import rules, rules_sums, rules_views  # noqa: F401 (they register the rules)
+from ltd_fx.prove.flow import Flow, Verdict
+from ltd_fx.prove.trace import trace
+from ltd_fx.tree import items_of
+
+
+def judge(layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox) -> Verdict:
+    """Whether ``layer`` may see a subset of the tokens, by what it does in training.
+
+    Args:
+        layer: stays as it is.
+        pattern: which of its arguments follow the tokens.
+        call: how it is called; tensors may be fake, and of any size.
+        sandbox: of the model.
+
+    Returns:
+        Where it is shown wrong, the reason and the operator; where it is neither shown wrong nor right, why.
+    """
+    try:
+        traced = trace(layer, pattern, call, sandbox)
+    except Exception as error:
+        return Verdict(unknown=f"it cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    if traced.decided:
+        return Verdict(mixes=traced.decided)
+    verdict = Flow(traced.graph, traced.length, traced.inputs).judge(lambda made: _hidden(made, pattern), traced.hidden)
+    return Verdict(unknown=traced.excluded) if verdict == Verdict() and traced.excluded else verdict
+
+
+def _hidden(made: Any, pattern: LayerPattern) -> Any:
+    """Of what the layer returns, the hidden states."""
+    if isinstance(made, Mapping) or not isinstance(made, (tuple, list)):
+        items = items_of(made)
+        return made if items is None else items[pattern.output or 0]
+    return made[pattern.output or 0]
