@@ -1,4 +1,4 @@
-"""The operators on a GPU: pytest -m cuda. README and docs/cuda.md say how to run them under compute-sanitizer."""
+"""The operators on a GPU: pytest -m cuda. docs/cuda.md says how to run them under compute-sanitizer."""
 
 import itertools
 import subprocess

@@ -1,6 +1,7 @@
 """The real bindings, on a driver made for the test: NVRTC, the folder, cuda.bindings and the launch, all but a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,34 @@ assert torch.equal(ops.gather_mask(mask, indices), right.gather_mask(mask, indic
 """
 
 
-def test_operators_reach_the_driver(tmp_path: Path) -> None:
-    library = build("libcuda.cpp", tmp_path / "libcuda.so.1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-ldl")
-    env = {**os.environ, "LTD_FX_CACHE": str(tmp_path / "cache"), "LTD_FX_CUDA": "1"}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, library]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+NVRTC = """
+import ctypes, sys
+from cuda.bindings import nvrtc
+*_, program = nvrtc.nvrtcCreateProgram(b"__global__ void nothing() {}", b"nothing.cu", 0, [], [])
+ctypes.CDLL(sys.argv[1])
+nvrtc.nvrtcCompileProgram(program, 0, [])
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    return build("libcuda.cpp", library, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-ldl")
+
+
+def run(program: str, driver: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", program, str(driver)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_operators_reach_the_driver(driver: Path, tmp_path: Path) -> None:
+    done = run(PROGRAM, driver, LTD_FX_CACHE=str(tmp_path / "cache"), LTD_FX_CUDA="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(NAMES)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_nvrtc_crashes_on_a_driver_with_too_few_functions(driver: Path) -> None:
+    """So the program above compiles before it loads one. Once this fails, it need not: correct docs/internals.md."""
+    assert run(NVRTC, driver).returncode == -signal.SIGSEGV

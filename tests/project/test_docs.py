@@ -17,7 +17,7 @@ def slug(heading: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    return {slug(line.lstrip("#")) for line in page.read_text().splitlines() if line.startswith("#")}
+    return {slug(line.lstrip("#")) for line in prose(page).splitlines() if line.startswith("#")}
 
 
 def prose(page: Path) -> str:

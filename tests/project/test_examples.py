@@ -1,4 +1,4 @@
-"""The examples, started as the README starts them, for a few steps; the slow tests run them whole."""
+"""The examples, started as docs/examples.md starts them, for a few steps; the slow tests run them whole."""
 
 import os
 import re
@@ -26,6 +26,13 @@ def start(*command: Any) -> str:
 
 def accuracies(output: str) -> list[float]:
     return [float(share) for share in re.findall(r"accuracy ([\d.]+)%", output)]
+
+
+def test_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    start("examples/tokens.py", tmp_path / "tokens.png")
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
