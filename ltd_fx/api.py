@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from ltd_fx.install import (
     install,
     uninstall,
 )
-from ltd_fx.learn import Layers, Sandbox, find_stacks, observe_values, split_inputs
+from ltd_fx.learn import CallSite, Layers, Proof, Sandbox, find_stacks, observe_values, split_inputs
 from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.prove import prove
 from ltd_fx.runtime import Protect, RouteState
@@ -235,7 +236,13 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
         )
         for layer in rewrite.routed
     ]
-    return VerifyReport(proofs)
+    return VerifyReport([_with_token_flow(layer, proof) for layer, proof in zip(rewrite.routed, proofs, strict=True)])
+
+
+def _with_token_flow(layer: CallSite, tested: Proof) -> Proof:
+    """The numerical test of a layer that token flow had proven before."""
+    before = layer.proof.status if layer.proof is not None else ""
+    return replace(tested, status="proven") if tested.right and before == "proven" else tested
 
 
 def sampled_indices(model: nn.Module) -> dict[str, Tensor]:

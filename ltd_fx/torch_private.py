@@ -96,7 +96,7 @@ def symbolic_length(mode: FakeTensorMode, size: int) -> torch.SymInt:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tensor = mode.from_tensor(torch.empty(size), source=ConstantSource("length"), symbolic_context=context)
     return tensor.shape[0]  # type: ignore[return-value]  # a symbol, which is typed as the integer it stands for
 
@@ -110,15 +110,15 @@ def size_expr(size: Any) -> Any:
 
 def guards_of(mode: FakeTensorMode) -> list[tuple[Any, str]]:
     """What was decided by symbolic sizes so far: each condition, and where, in the user's file if it is there."""
-    places = [(g.expr, g.sloc.maybe_user_loc or g.sloc.framework_loc) for g in mode.shape_env.guards]
-    return [
-        (expr, f"{place.filename}:{place.lineno}" if hasattr(place, "lineno") else str(place)) for expr, place in places
-    ]
+    env: Any = mode.shape_env
+    places = [(guard.expr, guard.sloc.maybe_user_loc or guard.sloc.framework_loc) for guard in env.guards]
+    return [(expr, f"{at.filename}:{at.lineno}" if hasattr(at, "lineno") else str(at)) for expr, at in places]
 
 
 def is_replaced(mode: FakeTensorMode, symbol: Any) -> bool:
     """Whether the symbol became a number, as ``float(length)`` makes it."""
-    return symbol in mode.shape_env.replacements
+    env: Any = mode.shape_env
+    return symbol in env.replacements
 
 
 def make_graph(function: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:

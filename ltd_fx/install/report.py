@@ -15,8 +15,8 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every site is verified."""
-        return all(site.status == "verified" for site in self.sites)
+        """Whether every site is proven or tested."""
+        return all(site.right for site in self.sites)
 
     def __str__(self) -> str:
         width = max(len(site.name) for site in self.sites)
@@ -24,8 +24,8 @@ class VerifyReport:
         for site in self.sites:
             error = "" if site.error is None else f"{site.error:.1e}"
             lines.append(f"{site.name:{width}}  {site.status:14}  {error:7}  {site.reason}".rstrip())
-        verified = sum(site.status == "verified" for site in self.sites)
-        return "\n".join([*lines, f"{verified} of {len(self.sites)} routed layers verified"])
+        right = sum(site.right for site in self.sites)
+        return "\n".join([*lines, f"{right} of {len(self.sites)} routed layers proven or tested"])
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ class Proof:
     Attributes:
         name: fully qualified name.
         layer_class: name of its class.
-        status: ``"verified"``; ``"wrong"``: kept rows differ or the layer fails on fewer tokens; ``"not verifiable"``:
-            the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
+        status: ``"proven"``, by token flow, and not contradicted by the numerical test; ``"tested"``, by that alone, at
+            as many tokens as it had; ``"wrong"``: kept rows differ or the layer fails on fewer tokens;
+            ``"not verifiable"``: the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
         error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
-        reason: why it is not verified.
+        reason: why it is no more than that.
         counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
             proof holds up to the length it was made at.
     """
@@ -29,6 +30,11 @@ class Proof:
     error: float | None = None
     reason: str = ""
     counts: bool = False
+
+    @property
+    def right(self) -> bool:
+        """Whether it is proven or tested."""
+        return self.status in ("proven", "tested")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,9 @@ class CallSite:
             return "to be inferred at the first training forward"
         if self.proof is None:
             return "by its LayerPattern, not checked"
-        if self.proof.status == "verified":
-            return f"verified, error {self.proof.error:.0e}"
+        error = "" if self.proof.error is None else f", error {self.proof.error:.0e}"
+        if self.proof.status == "proven":
+            return f"proven{error}"
+        if self.proof.status == "tested":
+            return f"tested{error}; not proven: {self.proof.reason}"
         return f"by its LayerPattern, not verifiable: {self.proof.reason}"

@@ -33,6 +33,7 @@ from ltd_fx.learn import (
 )
 from ltd_fx.prove.proof import prove
 from ltd_fx.prove.rehearse import rehearse
+from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
 
 # Enough to tell any two ways of routing apart.
@@ -170,13 +171,13 @@ class Examination:
             how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
             try:
                 proof = how(self._call(layer, seq_dim, _TOKENS))
-                if proof.status == "verified" and (proof.counts or self._has_table(layer, seq_dim)):
+                if proof.status == "tested" and (proof.counts or self._has_table(layer, seq_dim)):
                     # A window or a table may only show at full length.
                     proof = how(self._call(layer, seq_dim, None))
             except LTDError as error:
                 failure = failure or str(error)
                 continue
-            if proof.status == "verified":
+            if proof.status == "tested":
                 return pattern, proof
             # One of our own messages, of several failures, tells the remedy.
             if best is None or ("protect=" in proof.reason and "protect=" not in best[1].reason):
@@ -205,9 +206,15 @@ class Examination:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
         """
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
-        if proof.status == "wrong" or (proof.status != "verified" and layer.pattern is None):
-            what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
-            if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "verified":
+        what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
+        if proof.status != "wrong":
+            verdict = self._judge(layer, pattern)
+            if verdict.mixes:
+                raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
+            proven = "" if verdict.unknown else "proven"
+            proof = replace(proof, status=proven or proof.status, reason=proof.reason or verdict.unknown)
+        if proof.status == "wrong" or (proof.status == "not verifiable" and layer.pattern is None):
+            if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "tested":
                 raise LTDError(
                     f"{what} where each sequence keeps tokens of its own: it shares a table among all sequences; pass "
                     "sampling='shared'"
@@ -218,6 +225,12 @@ class Examination:
                 "register a LayerPattern for its class"
             )
         return replace(layer, pattern=pattern, proof=proof)
+
+    def _judge(self, layer: CallSite, pattern: LayerPattern) -> Verdict:
+        """What token flow says of the layer as it is called at full length."""
+        from ltd_fx.prove.token_flow import judge  # sympy takes longer to import than all of ltd_fx
+
+        return judge(layer_in(self._slots[layer.name]), pattern, self.first_calls[layer.name], self._sandbox)
 
     def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
         """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""

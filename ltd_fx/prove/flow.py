@@ -1,17 +1,19 @@
 """Token flow: how tokens meet in a layer, read off its traced graph, operator by operator.
 
 A layer may see a subset of the tokens if they meet in attention only, and if nothing in it depends on how many there
-are or on which place one has among them. ``values`` has what is known of a tensor, ``rules`` what an operator makes of it.
+are or on which place one has among them. ``values`` has what is known of a tensor, ``rules`` what an operator makes of
+it.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of
+from ltd_fx.prove.verdict import Verdict
 from ltd_fx.torch_private import OpOverload, pytree, schema_of, size_expr, storage_of
 
 Rule = Callable[["Op"], Any]
@@ -26,13 +28,6 @@ def rule(names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-class Verdict(NamedTuple):
-    """``mixes``: shown wrong. Neither that nor ``unknown``: shown right."""
-
-    mixes: str = ""
-    unknown: str = ""
 
 
 class Op:

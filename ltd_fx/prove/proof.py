@@ -85,7 +85,7 @@ def prove(
                 )
             return Proof(name, layer_class.__name__, status, error, reason)
         counts = any(result.counts for result in results)
-        return Proof(name, layer_class.__name__, "verified", error, counts=counts)
+        return Proof(name, layer_class.__name__, "tested", error, counts=counts)
     return Proof(name, layer_class.__name__, "not verifiable", None, reason)
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from ltd_fx.learn import Call, LayerPattern, Sandbox
 from ltd_fx.prove import rules, rules_sums, rules_views  # noqa: F401 (they register the rules)
-from ltd_fx.prove.flow import Flow, Verdict
+from ltd_fx.prove.flow import Flow
 from ltd_fx.prove.trace import trace
+from ltd_fx.prove.verdict import Verdict
 from ltd_fx.tree import items_of
 
 
