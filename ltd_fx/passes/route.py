@@ -22,8 +22,8 @@ from ltd_fx.runtime import merge_output, split_hidden
 def route(graph: fx.Graph) -> int:
     """Wrap each located call in split and merge.
 
-    Where nodes have a value (:data:`VALUES`), the merge has the layer's. The layer, which sees the kept tokens only, has
-    none: how many these are is known in a forward.
+    Where nodes have a value (:data:`VALUES`), the merge has the layer's. The layer has none: it sees the kept tokens
+    only, and how many these are is known in a forward.
 
     Args:
         graph: after ``align``; it is changed in place.

@@ -131,7 +131,7 @@ def _reuse(graph: fx.Graph, draw: fx.Node) -> None:
 
 
 def _readers(hidden: fx.Node, previous: LocatedCall) -> set[fx.Node]:
-    """Who reads the hidden states that ``previous`` returns, through ``hidden`` or through another read of its output."""
+    """Who reads the hidden states that ``previous`` returns, through ``hidden`` or another node."""
     merge, slot = previous.merge, previous.pattern.output
     assert merge is not None
     readers = set(hidden.users)
