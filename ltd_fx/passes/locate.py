@@ -19,6 +19,7 @@ from ltd_fx.learn import CallSite, LayerPattern
 from ltd_fx.runtime import draw_tokens
 
 META = "ltd_fx"
+VALUES = ("val", "example_value", "tensor_meta")  # What make_fx, Dynamo and ShapeProp note of a node's value.
 _ORIGIN = ("nn_module_stack", "stack_trace")
 
 

@@ -1,6 +1,6 @@
 """What there is to see of the passes, and to switch off: the environment variable ``LTD_FX_PASSES``.
 
-It is read at each rewrite, and has words with commas between them:
+It is read at each rewrite (layers alike share one of their graph), and has words with commas between them:
 
 - ``time``: a line on standard error for each pass, with what it changed and the milliseconds it took;
 - ``dump=FOLDER``: the graph before the first pass and after each, as ``FOLDER/0003-2-align.txt`` (rewrite 3, pass 2);
@@ -22,6 +22,15 @@ from ltd_fx.errors import LTDError
 _VARIABLE = "LTD_FX_PASSES"
 _OPTIONAL = ("check", "span")  # Without the others no layer is routed, or it is routed wrong.
 _rewrites = itertools.count()
+
+
+def skipped_passes() -> frozenset[str]:
+    """The passes that a rewrite leaves out now.
+
+    Raises:
+        LTDError: ``LTD_FX_PASSES`` has an unknown word.
+    """
+    return _read(os.environ.get(_VARIABLE, ""))[2]
 
 
 class PassObserver:
@@ -58,7 +67,7 @@ class PassObserver:
             path.write_text("\n".join(node.format_node() or "" for node in self._graph.nodes) + "\n")
 
 
-def _read(words: str) -> tuple[bool, Path | None, set[str]]:
+def _read(words: str) -> tuple[bool, Path | None, frozenset[str]]:
     """Whether to time, where to dump, and which passes to skip."""
     timed, folder, skipped = False, None, set[str]()
     for word in filter(None, map(str.strip, words.split(","))):
@@ -71,4 +80,4 @@ def _read(words: str) -> tuple[bool, Path | None, set[str]]:
         else:
             known = ", ".join(("time", "dump=FOLDER", *(f"-{name}" for name in _OPTIONAL)))
             raise LTDError(f"ltd_fx: {_VARIABLE} has the word {word!r}; it knows {known}")
-    return timed, folder, skipped
+    return timed, folder, frozenset(skipped)

@@ -15,15 +15,15 @@ import operator
 
 from torch import fx
 
-from ltd_fx.passes.locate import located_calls
+from ltd_fx.passes.locate import VALUES, located_calls
 from ltd_fx.runtime import merge_output, split_hidden
 
 
 def route(graph: fx.Graph) -> int:
     """Wrap each located call in split and merge.
 
-    Where nodes have a ``val``, the merge has the layer's, and the layer, which sees the kept tokens only, has none: how
-    many these are is known in a forward.
+    Where nodes have a value (:data:`VALUES`), the merge has the layer's. The layer has none: it sees the kept tokens
+    only, and how many these are is known in a forward.
 
     Args:
         graph: after ``align``; it is changed in place.
@@ -50,9 +50,8 @@ def route(graph: fx.Graph) -> int:
             if user is not merge:
                 user.replace_input_with(call, merge)
         located.merge = merge
-        if "val" in call.meta:
-            merge.meta["val"] = call.meta.pop("val")
-        if isinstance(hidden, fx.Node) and "val" in hidden.meta:
-            rest.meta["val"] = hidden.meta["val"]
+        merge.meta.update({key: call.meta.pop(key) for key in VALUES if key in call.meta})
+        assert isinstance(hidden, fx.Node)
+        rest.meta.update({key: hidden.meta[key] for key in VALUES if key in hidden.meta})
         count += 1
     return count

@@ -16,6 +16,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.learn import CallSite, LayerPattern, forward_signature
 from ltd_fx.passes.capture import ARGS, KWARGS, LAYER, layer_graph
 from ltd_fx.passes.locate import Target
+from ltd_fx.passes.observer import skipped_passes
 from ltd_fx.passes.rewrite import rewrite
 from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
@@ -94,7 +95,7 @@ def _rebuild(*arguments: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-_classes: dict[tuple[type[nn.Module], type[nn.Module], LayerPattern, bool, bool], type[RoutedLayer]] = {}
+_classes: dict[tuple[Any, ...], type[RoutedLayer]] = {}
 
 
 def routed_class(
@@ -119,8 +120,10 @@ def routed_class(
     if issubclass(slot_class, RoutedLayer):
         raise LTDError(f"ltd_fx: {slot_class._ltd_base.__name__} layers are routed already; call ltd_fx.restore first")
     arguments = (slot_class, layer_class, pattern, enters, leaves)
-    if arguments in _classes:
-        return _classes[arguments]
+    # A route whose layers were rewritten under different settings would not hold together.
+    key = (*arguments, skipped_passes())
+    if key in _classes:
+        return _classes[key]
     signature = forward_signature(layer_class)
     graph = layer_graph(signature, pattern.hidden)
     name = layer_class.__name__
@@ -139,8 +142,8 @@ def routed_class(
         "_ltd_arguments": arguments,
     }
     metaclass: Any = type(slot_class)
-    _classes[arguments] = metaclass(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
-    return _classes[arguments]
+    _classes[key] = metaclass(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
+    return _classes[key]
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.passes.locate import LocatedCall, located_calls
+from ltd_fx.passes.locate import VALUES, LocatedCall, located_calls
 from ltd_fx.runtime import hand_over, rest_of, take_over
 
 
@@ -67,6 +67,7 @@ def span(graph: fx.Graph) -> int:
                 under_way[layer.route] = located, rest
             else:
                 _hand_over(graph, located, rest)
+                count += 1
     return count
 
 
@@ -79,7 +80,8 @@ def _keep_out(located: LocatedCall) -> None:
     assert located.merge is not None
     located.merge.update_arg(1, None)
     for node in (located.merge, *(user for user in located.merge.users if user.target is operator.getitem)):
-        node.meta.pop("val", None)
+        for key in VALUES:
+            node.meta.pop(key, None)
 
 
 def _hand_over(graph: fx.Graph, located: LocatedCall, rest: fx.Node | None) -> None:
@@ -128,6 +130,22 @@ def _reuse(graph: fx.Graph, draw: fx.Node) -> None:
             graph.erase_node(node)
 
 
+def _readers(hidden: fx.Node, previous: LocatedCall) -> set[fx.Node]:
+    """Who reads the hidden states that ``previous`` returns, through ``hidden`` or another node."""
+    merge, slot = previous.merge, previous.pattern.output
+    assert merge is not None
+    readers = set(hidden.users)
+    if hidden is merge:
+        return readers
+    for user in merge.users:
+        index = user.args[1] if user.target is operator.getitem else None
+        if index == slot:  # A traced graph has a getitem for each place in the code that takes the slot.
+            readers |= set(user.users)
+        elif not isinstance(index, int) or index < 0:  # It reads the whole output, or from the end of it.
+            readers.add(user)
+    return readers
+
+
 def _check_chain(located: LocatedCall, previous: LocatedCall) -> None:
     assert located.split is not None
     assert previous.merge is not None
@@ -135,7 +153,7 @@ def _check_chain(located: LocatedCall, previous: LocatedCall) -> None:
     slot = previous.pattern.output
     if hidden is not previous.merge and (hidden.target, hidden.args) != (operator.getitem, (previous.merge, slot)):
         what = "does not take its hidden states as they are"
-    elif hidden.users.keys() - {located.draw, located.split}:
+    elif _readers(hidden, previous) - {located.draw, located.split}:
         what = "others take the hidden states between them too"
     else:
         return

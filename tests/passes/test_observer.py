@@ -21,9 +21,9 @@ def no_classes_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed_layer, "_classes", {})
 
 
-def transformed() -> Any:
+def transformed(last: int = 3) -> Any:
     torch.manual_seed(0)
-    return ltd_fx.transform(Encoder(5).train(), routes=[(1, 3, None)], example_inputs=(torch.zeros(2, 12, 16),))
+    return ltd_fx.transform(Encoder(5).train(), routes=[(1, last, None)], example_inputs=(torch.zeros(2, 12, 16),))
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -57,11 +57,18 @@ def test_without_span_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     model = transformed()
     assert "take_over" in str(ltd_fx.summary(model).sites[2].graph)
     expected = gradients(model)
-    monkeypatch.setattr(routed_layer, "_classes", {})
     monkeypatch.setenv("LTD_FX_PASSES", "-span, -check")
     model = transformed()
     assert "take_over" not in str(ltd_fx.summary(model).sites[2].graph)
     assert_same([gradients(model)], [expected])
+
+
+def test_no_route_is_rewritten_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformed(last=2)  # Its layers have the classes of a longer route's ends.
+    monkeypatch.setenv("LTD_FX_PASSES", "-span")
+    model = transformed()
+    assert not any("over" in str(site.graph) for site in ltd_fx.summary(model).sites if site.routed)
+    gradients(model)
 
 
 def test_a_rewrite_without_check_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +82,6 @@ def test_a_rewrite_without_check_checks_nothing(monkeypatch: pytest.MonkeyPatch)
     transformed()
     assert checked
     checked.clear()
-    monkeypatch.setattr(routed_layer, "_classes", {})
     monkeypatch.setenv("LTD_FX_PASSES", "-check")
     transformed()
     assert not checked

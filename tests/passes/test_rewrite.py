@@ -1,6 +1,8 @@
 """The passes together: what they leave in the nodes of a graph, and on which graphs they refuse a route."""
 
 import inspect
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import ltd_fx
 from ltd_fx import CallSite, LayerPattern, LTDError
 from ltd_fx.learn.observe import describe, observe
 from ltd_fx.learn.sandbox import Sandbox
-from ltd_fx.passes import Target, align, locate, rewrite, route
+from ltd_fx.passes import Target, align, locate, rewrite, route, span
 from ltd_fx.passes.capture import call_graph
 
 ORIGIN = {"nn_module_stack": {"layers": ("layers.1", nn.Module)}, "stack_trace": "in forward"}
@@ -81,6 +83,19 @@ def test_values_are_those_of_full_length_and_no_other_is_kept() -> None:
     assert ["val" in node.meta for node in named(graph, "merge_output")] == [False, False, True]
 
 
+@pytest.mark.parametrize("key", ["val", "example_value", "tensor_meta"])
+def test_values_of_each_tracer_follow_the_shape(key: str) -> None:
+    graph = chain()
+    for node in graph.nodes:
+        node.meta = {key: node.name}
+    rewrite(graph, targets=on_a_route("layers.1", "layers.2"))
+    inner, last = named(graph, "merge_output")
+    (rest, *_) = named(graph, "split_hidden")[0].users
+    assert (rest.meta[key], last.meta[key]) == ("x", "layers_2")
+    for node in (inner, *named(graph, "layers.1"), *named(graph, "layers.2")):
+        assert key not in node.meta
+
+
 def test_a_route_gathers_an_argument_once() -> None:
     graph = chain(3)
     rewrite(graph, targets=on_a_route("layers.1", "layers.2", "layers.3"))
@@ -124,6 +139,60 @@ def test_only_what_changed_is_linted(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = chain()
     rewrite(graph, targets=routed("layers.1", "layers.2"))
     assert len(linted) == 3  # locate, align, route; check and, without a route, span change nothing
+
+
+def reads_again(graph: fx.Graph, call: fx.Node) -> fx.Node:
+    """As traced from code that takes ``out[0]`` in two places."""
+    return graph.call_function(torch.mean, (graph.call_function(operator.getitem, (call, 0)),))
+
+
+def reads_from_the_end(graph: fx.Graph, call: fx.Node) -> fx.Node:
+    return graph.call_function(operator.getitem, (call, -2))
+
+
+def reads_the_whole(graph: fx.Graph, call: fx.Node) -> fx.Node:
+    return graph.call_function(len, (call,))
+
+
+def reads_another_slot(graph: fx.Graph, call: fx.Node) -> fx.Node:
+    return graph.call_function(operator.getitem, (call, 1))
+
+
+def pairs(read: Callable[[fx.Graph, fx.Node], fx.Node]) -> fx.Graph:
+    """x -> layers.1 -> layers.2, which return pairs; the output also has what ``read`` takes of the first."""
+    graph = fx.Graph()
+    first = graph.call_module("layers.1", (graph.placeholder("x"),))
+    hidden = graph.call_function(operator.getitem, (first, 0))
+    second = graph.call_module("layers.2", (hidden,))
+    graph.output((second, read(graph, first)))
+    return graph
+
+
+@pytest.mark.parametrize("read", [reads_again, reads_from_the_end, reads_the_whole])
+def test_hidden_states_within_a_route_are_read_by_its_layers_alone(
+    read: Callable[[fx.Graph, fx.Node], fx.Node],
+) -> None:
+    with pytest.raises(LTDError, match=r"layers\.2 follows layers\.1 on a route, but others take the hidden states"):
+        rewrite(pairs(read), targets=on_a_route("layers.1", "layers.2"))
+    rewrite(pairs(read), targets=routed("layers.1", "layers.2"))
+
+
+def test_another_slot_within_a_route_may_be_read() -> None:
+    graph = pairs(reads_another_slot)
+    rewrite(graph, targets=on_a_route("layers.1", "layers.2"))
+    assert len(named(graph, "split_hidden")) == 1
+
+
+@pytest.mark.parametrize("enters", [True, False])
+@pytest.mark.parametrize("leaves", [True, False])
+def test_span_counts_both_ends_of_a_layers_graph(enters: bool, leaves: bool) -> None:
+    graph = chain(1)
+    locate(graph, targets={"layers.1": target("layers.1", route=None if enters else "", leaves=leaves)})
+    route(graph)
+    before = str(graph)
+    changed = span(graph)
+    assert changed == 2 - enters - leaves
+    assert (str(graph) != before) == (changed > 0)
 
 
 def test_a_models_calls_are_joined_by_what_they_hand_on(case: Case) -> None:
