@@ -17,7 +17,8 @@ class Proof:
         layer_class: name of its class.
         status: ``"proven"``, by token flow, and not contradicted by the numerical test; ``"tested"``, by that alone, at
             as many tokens as it had; ``"wrong"``: kept rows differ or the layer fails on fewer tokens;
-            ``"not verifiable"``: the dense layer's attention to dropped tokens could not be blocked, or the layer does not run.
+            ``"not verifiable"``: the dense layer's attention to dropped tokens could not be blocked, or the layer does
+            not run.
         error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
         reason: why it is no more than that.
         counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the

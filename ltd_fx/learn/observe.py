@@ -44,7 +44,7 @@ def describe(args: Any, kwargs: Any) -> Any:
 
 def _run_fake(model: nn.Module, mode: FakeTensorMode, args: Any, kwargs: Any) -> None:
     """The forward on fake tensors, from :func:`describe`: shapes and devices, no compute, no memory."""
-    with mode, _quiet(FAKE_TENSOR_LOG):
+    with mode, quiet(FAKE_TENSOR_LOG):
         args, kwargs = pytree.tree_map(
             lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device) if isinstance(s, TensorSpec) else s,
             (args, kwargs),
@@ -199,7 +199,7 @@ def is_stream(value: Any) -> bool:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Without the log of a library that reports what we raise, or try another way."""
     logger = logging.getLogger(name)
     disabled, logger.disabled = logger.disabled, True

@@ -6,6 +6,7 @@ makes the graphs that they start from, ``routed_layer`` a class out of a layer's
 
 from ltd_fx.passes.align import align
 from ltd_fx.passes.check import check
+from ltd_fx.passes.kept import kept_arguments
 from ltd_fx.passes.locate import Target, locate
 from ltd_fx.passes.rewrite import check_calls, rewrite
 from ltd_fx.passes.route import route

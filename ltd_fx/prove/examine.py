@@ -208,7 +208,7 @@ class Examination:
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
         if proof.status != "wrong":
-            verdict = self._judge(layer, pattern)
+            verdict = self._judge(layer, pattern, shared, protected)
             if verdict.mixes:
                 raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
             proven = "" if verdict.unknown else "proven"
@@ -226,11 +226,12 @@ class Examination:
             )
         return replace(layer, pattern=pattern, proof=proof)
 
-    def _judge(self, layer: CallSite, pattern: LayerPattern) -> Verdict:
+    def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:
         """What token flow says of the layer as it is called at full length."""
         from ltd_fx.prove.token_flow import judge  # sympy takes longer to import than all of ltd_fx
 
-        return judge(layer_in(self._slots[layer.name]), pattern, self.first_calls[layer.name], self._sandbox)
+        how = partial(judge, layer_in(self._slots[layer.name]), pattern, self.first_calls[layer.name], self._sandbox)
+        return how(shared=shared, protected=protected)
 
     def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
         """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""

@@ -94,10 +94,11 @@ class Flow:
         graph: traced from a layer, with the fake tensor of each node in ``meta["val"]``.
         length: the symbol of the number of tokens.
         inputs: the values of the placeholders, in order.
+        protected: so many first tokens are always there.
     """
 
-    def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value]) -> None:
-        self.length = length
+    def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value], protected: int = 0) -> None:
+        self.length, self.protected = length, protected
         self.values: dict[fx.Node, Any] = {}
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}

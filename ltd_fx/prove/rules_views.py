@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import sympy
-
 from ltd_fx.prove.flow import Op, rule
 from ltd_fx.prove.values import (
     Axis,
+    Factor,
     Kind,
     MixesError,
     UnknownError,
@@ -18,6 +17,7 @@ from ltd_fx.prove.values import (
     join,
     permuted,
     regroup,
+    size_of,
 )
 from ltd_fx.torch_private import size_expr
 
@@ -76,7 +76,7 @@ def expand(op: Op) -> Value:
     value, axes = op.operands()[0], []
     for d, size in zip(range(-len(op.out.shape), 0), _sizes(op), strict=True):
         before: Axis = value.axes[d] if len(value.axes) >= -d else ()
-        if sympy.Mul(*(factor.size for factor in before)) == size:
+        if size_of(before) == size:
             axes.append(before)
         elif has_tokens(before):
             raise UnknownError("tokens are repeated")
@@ -101,7 +101,8 @@ def repeat_interleave(op: Op) -> Value:
 def select(op: Op) -> Value:
     value = op.value("self")
     d = op.dim("dim", len(value.axes))
-    _refuse_part(value, value.axes[d])
+    if not 0 <= op["index"] < op.flow.protected:
+        _refuse_part(value, value.axes[d])
     return join([value], (*value.axes[:d], *value.axes[d + 1 :]))
 
 
@@ -110,15 +111,26 @@ def part(op: Op) -> Value:
     value = op.value("self")
     d = op.dim("dim", len(value.axes))
     size, before = size_expr(op.out.shape[d]), value.axes[d]
-    if sympy.Mul(*(factor.size for factor in before)) == size:
+    if size_of(before) == size:
         return value
-    _refuse_part(value, before)
     after = op.axis(size)
+    if has_tokens(before) and value.kind is Kind.ROW and _splits_protected(op, size):
+        after = (Factor(size, True),) if size != 1 else ()
+    else:
+        _refuse_part(value, before)
     result = value.with_axes(after if i == d else axis for i, axis in enumerate(value.axes))
-    if has_tokens(after):  # so many rows of a table, the first ones
+    if has_tokens(after) and not has_tokens(before):  # So many rows of a table, the first ones.
         result = replace(result, kind=Kind.POSITION)
         result.refuse_places()
     return result
+
+
+def _splits_protected(op: Op, size: Any) -> bool:
+    """Whether it takes the first tokens, which no draw drops, or all but these."""
+    start, protected = op["start"] or 0, op.flow.protected
+    if start == 0:
+        return bool(size.is_Integer) and size <= protected
+    return isinstance(start, int) and 0 < start <= protected and size == op.flow.length - start
 
 
 @rule("split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk hsplit")
@@ -155,11 +167,17 @@ def cat(op: Op) -> Value:
     values = [value for value in op.values("tensors") if value.axes]
     d = op.dim("dim", len(values[0].axes))
     if any(has_tokens(value.axes[d]) for value in values):
-        if len(values) == 1:
-            return values[0]
+        sizes = [size_of(value.axes[d]) for value in values]
+        if len(sizes) == 2 and sizes[0].is_Integer and sum(sizes) == op.flow.length:  # The first tokens come back.
+            values = [value.with_axes(_replaced(value.axes, d, values[1].axes[d])) for value in values]
+            return join(values, _replaced(broadcast(values), d, (Factor(op.flow.length, True),)))
         raise UnknownError("tokens are joined to others")
     rest = broadcast([value.with_axes(axis if i != d else () for i, axis in enumerate(value.axes)) for value in values])
     return join(values, (*rest[:d], op.axis(op.out.shape[d]), *rest[d + 1 :]))
+
+
+def _replaced(axes: Sequence[Axis], d: int, axis: Axis) -> tuple[Axis, ...]:
+    return (*axes[:d], axis, *axes[d + 1 :])
 
 
 @rule("stack")

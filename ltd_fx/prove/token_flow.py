@@ -13,7 +13,9 @@ from ltd_fx.prove.verdict import Verdict
 from ltd_fx.tree import items_of
 
 
-def judge(layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox) -> Verdict:
+def judge(
+    layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox, *, shared: bool = False, protected: int = 0
+) -> Verdict:
     """Whether ``layer`` may see a subset of the tokens, by what it does in training.
 
     Args:
@@ -21,18 +23,23 @@ def judge(layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox)
         pattern: which of its arguments follow the tokens.
         call: how it is called; tensors may be fake, and of any size.
         sandbox: of the model.
+        shared: one draw for the batch.
+        protected: so many first tokens are always kept.
 
     Returns:
         Where it is shown wrong, the reason and the operator; where it is neither shown wrong nor right, why.
     """
     try:
-        traced = trace(layer, pattern, call, sandbox)
+        traced = trace(layer, pattern, call, sandbox, shared=shared, protected=protected)
     except Exception as error:
         return Verdict(unknown=f"it cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    if traced.decided:
-        return Verdict(mixes=traced.decided)
-    verdict = Flow(traced.graph, traced.length, traced.inputs).judge(lambda made: _hidden(made, pattern), traced.hidden)
-    return Verdict(unknown=traced.excluded) if verdict == Verdict() and traced.excluded else verdict
+    if traced.bound:
+        return Verdict(mixes=traced.bound)
+    if traced.fixed:
+        return Verdict(unknown="it makes a plain number of the number of tokens")
+    flow = Flow(traced.graph, traced.length, traced.inputs, protected)
+    verdict = flow.judge(lambda made: _hidden(made, pattern), traced.hidden)
+    return Verdict(unknown=traced.unsure) if verdict == Verdict() and traced.unsure else verdict
 
 
 def _hidden(made: Any, pattern: LayerPattern) -> Any:

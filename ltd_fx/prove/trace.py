@@ -1,16 +1,18 @@
-"""A layer's own forward as a graph: in training mode, at a symbolic number of tokens, in its own dtype."""
+"""A layer's own forward as a graph, as a routed call runs it: in training mode, on a symbolic number of kept tokens."""
 
-from collections.abc import Sequence
+import inspect
 from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from ltd_fx.learn import Call, LayerPattern, Sandbox, forward_signature
+from ltd_fx.learn import Call, LayerPattern, Sandbox, forward_signature, quiet
+from ltd_fx.passes import kept_arguments
 from ltd_fx.prove.values import Axis, Kind, Value, axis_of
-from ltd_fx.runtime import Aligned
+from ltd_fx.runtime import Draw, RouteState, Site
 from ltd_fx.torch_private import (
+    FAKE_TENSOR_LOG,
     guards_of,
     is_replaced,
     make_graph,
@@ -29,109 +31,104 @@ class Trace(NamedTuple):
         length: the symbol of the number of tokens.
         inputs: what is known of the graph's placeholders.
         hidden: the axes of the hidden states.
-        decided: what the layer decides by the number of tokens, and where; empty if nothing.
-        excluded: a number of tokens, if any, at which it does something else.
+        fixed: whether the number of tokens became a plain number, so that the graph is of that number alone.
+        bound: a bound on the number of tokens for the way that was taken, and where; empty if there is none.
+        unsure: another condition on it.
     """
 
     graph: fx.Graph
     length: Any
     inputs: list[Value]
     hidden: tuple[Axis, ...]
-    decided: str
-    excluded: str
+    fixed: bool
+    bound: str
+    unsure: str
 
 
-def trace(layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox) -> Trace:
-    """Trace ``layer`` as ``call`` calls it, with a symbol for the number of tokens wherever ``pattern`` has them.
+def trace(
+    layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox, *, shared: bool = False, protected: int = 0
+) -> Trace:
+    """Trace ``layer`` as it is called for the kept tokens of ``call``.
 
     Args:
         layer: stays as it is.
         pattern: which arguments follow the tokens.
         call: its tensors may be fake.
         sandbox: of the model.
+        shared: one draw for the batch.
+        protected: so many first tokens are always kept.
 
     Raises:
         Exception: whatever the layer raises, or what traces it.
     """
     signature = forward_signature(type(layer))
-    bound = signature.bind(*call.args, **call.kwargs)
-    tokens = bound.arguments[pattern.hidden].shape[int(pattern.batch_first)]
-    if pattern.cache in bound.arguments:
-        bound.arguments[pattern.cache] = None
     mode = symbolic_mode()
-    size = symbolic_length(mode, tokens)
-    length, before = size_expr(size), len(guards_of(mode))
-    leaves, spec = pytree.tree_flatten_with_path(dict(bound.arguments))
-    made: list[Tensor] = []
-    values: list[Value] = []
-
-    def add(tensor: Tensor, dims: set[int], hidden: bool = False) -> Tensor:
-        shape = [size + (n - tokens) if d in dims else n for d, n in enumerate(tensor.shape)]
-        with mode:
-            made.append(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
-        axes = tuple(axis_of(size_expr(n), length) for n in shape)
-        values.append(Value(Kind.ROW if dims else Kind.FIXED, axes, hidden))
-        return made[-1]
-
-    places = []
-    for i, (path, leaf) in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            names = [key.key for key in path if hasattr(key, "key")]
-            hidden = names[0] == pattern.hidden
-            entry = (int(pattern.batch_first),) if hidden else _entry(pattern, names)
-            add(leaf, _along(leaf, entry, tokens), hidden)
-            places.append(i)
-    hidden_axes = next(value.axes for value in values if value.hidden)
+    given = dict(signature.bind(*call.args, **call.kwargs).arguments)
+    # The call that was watched has filled its cache.
+    given = {name: None if hasattr(value, "get_seq_length") else value for name, value in given.items()}
+    batch, seq_len = given[pattern.hidden].shape[:2]
+    if not pattern.batch_first:
+        batch, seq_len = seq_len, batch
+    size = symbolic_length(mode, max(seq_len // 2, protected + 2))
+    length = size_expr(size)
+    with mode:
+        given = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), given)
+        hidden = given[pattern.hidden]
+        indices = torch.empty(1 if shared else batch, size, dtype=torch.int64, device=hidden.device)
+        draw = Draw(_site(layer, protected), indices, batch, seq_len, protected)
+        shape = (batch, size, hidden.shape[2]) if pattern.batch_first else (size, batch, hidden.shape[2])
+        given[pattern.hidden] = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        kept = kept_arguments(type(layer), pattern, given, draw)
     state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    for tensor in state.values():
-        add(tensor, set())
-    flat = [leaf for _, leaf in leaves]
+    with mode:
+        own = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in state.values()]
+    leaves, spec = pytree.tree_flatten(kept)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    made = [*(leaves[i] for i in places), *own]
+    values = [_value(tensor, length, tensor is kept[pattern.hidden]) for tensor in made]
+    before = len(guards_of(mode))
 
     def run(*tensors: Tensor) -> Any:
-        given = list(flat)
+        again = list(leaves)
         for place, tensor in zip(places, tensors, strict=False):
-            given[place] = tensor
-        again = signature.bind_partial()
-        again.arguments.update(pytree.tree_unflatten(given, spec))
-        own = dict(zip(state, tensors[len(places) :], strict=True))
-        return torch.func.functional_call(layer, own, again.args, again.kwargs)
+            again[place] = tensor
+        bound = inspect.BoundArguments(signature, pytree.tree_unflatten(again, spec))
+        parameters = dict(zip(state, tensors[len(places) :], strict=True))
+        return torch.func.functional_call(layer, parameters, bound.args, bound.kwargs)
 
-    with sandbox.open(layer), mode:
+    with sandbox.open(layer), mode, quiet(FAKE_TENSOR_LOG):
         layer.train()
         graph = make_graph(run, made).graph
-    return Trace(graph, length, values, hidden_axes, *_decisions(mode, length, before))
+    axes = next(value.axes for value in values if value.hidden)
+    return Trace(graph, length, values, axes, is_replaced(mode, length), *_conditions(mode, length, before, protected))
 
 
-def _decisions(mode: Any, length: Any, before: int) -> tuple[str, str]:
-    """What was decided by the length: that holds for a part of all lengths, or for all but one."""
-    if is_replaced(mode, length):
-        return "it makes a plain number of the number of tokens", ""
-    decided = {False: "", True: ""}
+def _site(layer: nn.Module, protected: int) -> Site:
+    state = RouteState(None, seed=0, shared=False, routed=1, dense=0)
+    state.protected = protected
+    return Site("the layer", 0, layer, state)
+
+
+def _value(tensor: Tensor, length: Any, hidden: bool) -> Value:
+    axes = tuple(axis_of(size_expr(n), length) for n in tensor.shape)
+    along = any(factor.tokens for axis in axes for factor in axis)
+    return Value(Kind.ROW if along else Kind.FIXED, axes, hidden)
+
+
+def _conditions(mode: Any, length: Any, before: int, protected: int) -> tuple[str, str]:
+    """What the trace took for granted of the number of tokens: a bound that it may not keep, or anything else."""
+    bound = unsure = ""
     for expr, place in guards_of(mode)[before:]:
-        if length in expr.free_symbols:
-            excludes_one = isinstance(expr, sympy.Ne)
-            said = str(expr).replace(str(length), "tokens")
-            decided[excludes_one] = decided[excludes_one] or f"it takes this way only where {said}: {place}"
-    return decided[False], decided[True]
+        if length not in expr.free_symbols or _always(expr, length, max(2, protected + 1)):
+            continue
+        said = f"it takes this way only where {str(expr).replace(str(length), 'tokens')} ({place})"
+        if isinstance(expr, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)):
+            bound = bound or said
+        else:
+            unsure = unsure or said
+    return bound, unsure
 
 
-def _entry(pattern: LayerPattern, names: Sequence[Any]) -> Any:
-    """What the pattern says of an argument, or of a member of ``**kwargs``."""
-    return next((pattern.aligned[name] for name in names[:2] if name in pattern.aligned), ())
-
-
-def _along(tensor: Tensor, entry: Any, tokens: int) -> set[int]:
-    """The dimensions of ``tensor`` along which tokens lie."""
-    sizes = {tokens + prefix for prefix in _prefixes(entry)}
-    named = set(entry) if isinstance(entry, tuple) and entry and all(isinstance(d, int) for d in entry) else None
-    return {d for d, n in enumerate(tensor.shape) if n in sizes and n > 1 and (named is None or d in named)}
-
-
-def _prefixes(entry: Any) -> set[int]:
-    if entry is None or entry == ():
-        return set()
-    if isinstance(entry, Aligned):
-        return {entry.prefix}
-    if isinstance(entry, tuple) and any(isinstance(item, tuple) for item in entry):
-        return set().union(*map(_prefixes, entry))
-    return {0}
+def _always(expr: Any, length: Any, least: int) -> bool:
+    """Whether a condition holds for ``least`` tokens and all larger numbers of them, so far as that is seen."""
+    return isinstance(expr, (sympy.Gt, sympy.Ge)) and all(bool(expr.subs(length, n)) for n in (least, least + 1, 10**6))
