@@ -98,10 +98,10 @@ class CallSite:
         if self.pattern is None:
             return "to be inferred at the first training forward"
         if self.proof is None:
-            return "by its LayerPattern, not checked"
+            return "trusted, by its LayerPattern; not checked"
         error = "" if self.proof.error is None else f", error {self.proof.error:.0e}"
         if self.proof.status == "proven":
             return f"proven{error}"
         if self.proof.status == "tested":
             return f"tested{error}; not proven: {self.proof.reason}"
-        return f"by its LayerPattern, not verifiable: {self.proof.reason}"
+        return f"trusted, by its LayerPattern; not verifiable: {self.proof.reason}"

@@ -80,7 +80,7 @@ class Op:
         return {int(d) % max(ndim, 1) for d in given} if given else set(range(ndim))
 
     def axis(self, size: Any) -> Axis:
-        return axis_of(size_expr(size), self.flow.length)
+        return axis_of(size_expr(size), self.flow.length, self.flow.protected)
 
     def axes(self, shape: Sequence[Any]) -> tuple[Axis, ...]:
         """The axes of a new tensor."""
@@ -198,7 +198,7 @@ def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
 def _where(node: fx.Node) -> str:
     """The operator, and the user's line that calls it."""
     name = operator_name(node) if isinstance(node.target, OpOverload) else node.op
-    frames = re.findall(r'File "(.+?)", line (\d+), in \w+\n\s+(.+)', node.stack_trace or "")
+    frames = re.findall(r'File "(.+?)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
     outside = [frame for frame in frames if "/torch/" not in frame[0]]
     if not outside:
         return name

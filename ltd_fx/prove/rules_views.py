@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
+
 from ltd_fx.prove.flow import Op, rule
 from ltd_fx.prove.values import (
     Axis,
@@ -101,7 +103,7 @@ def repeat_interleave(op: Op) -> Value:
 def select(op: Op) -> Value:
     value = op.value("self")
     d = op.dim("dim", len(value.axes))
-    if not 0 <= op["index"] < op.flow.protected:
+    if not has_tokens(value.axes[d]) or not 0 <= op["index"] < value.axes[d][0].lead:
         _refuse_part(value, value.axes[d])
     return join([value], (*value.axes[:d], *value.axes[d + 1 :]))
 
@@ -113,36 +115,52 @@ def part(op: Op) -> Value:
     size, before = size_expr(op.out.shape[d]), value.axes[d]
     if size_of(before) == size:
         return value
-    after = op.axis(size)
-    if has_tokens(before) and value.kind is Kind.ROW and _splits_protected(op, size):
-        after = (Factor(size, True),) if size != 1 else ()
-    else:
-        _refuse_part(value, before)
-    result = value.with_axes(after if i == d else axis for i, axis in enumerate(value.axes))
-    if has_tokens(after) and not has_tokens(before):  # So many rows of a table, the first ones.
+    if has_tokens(before):
+        start = size_expr(op["start"] or 0)
+        start = start + size_of(before) if start.is_Integer and start < 0 else start
+        return value.with_axes(_replaced(value.axes, d, _part_of(value, before, start, size)))
+    result = value.with_axes(_replaced(value.axes, d, op.axis(size)))
+    if has_tokens(result.axes[d]):  # So many rows of a table, the first ones.
         result = replace(result, kind=Kind.POSITION)
         result.refuse_places()
     return result
-
-
-def _splits_protected(op: Op, size: Any) -> bool:
-    """Whether it takes the first tokens, which no draw drops, or all but these."""
-    start, protected = op["start"] or 0, op.flow.protected
-    if start == 0:
-        return bool(size.is_Integer) and size <= protected
-    return isinstance(start, int) and 0 < start <= protected and size == op.flow.length - start
 
 
 @rule("split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk hsplit")
 def split(op: Op) -> list[Value]:
     value = op.value("self")
     d = op.dim("dim", len(value.axes))
-    if len(op.out) > 1:
-        _refuse_part(value, value.axes[d])
     if op.name == "unbind":
+        _refuse_part(value, value.axes[d])
         return [join([value], (*value.axes[:d], *value.axes[d + 1 :]))] * len(op.out)
-    sizes = [made.shape[d] for made in op.out]
-    return [value.with_axes(op.axis(n) if i == d else axis for i, axis in enumerate(value.axes)) for n in sizes]
+    start, parts = sympy.Integer(0), []
+    for made in op.out:
+        size = size_expr(made.shape[d])
+        along = has_tokens(value.axes[d]) and size != size_of(value.axes[d])
+        axis = _part_of(value, value.axes[d], start, size) if along else op.axis(size)
+        parts.append(value.with_axes(_replaced(value.axes, d, axis)))
+        start += size
+    return parts
+
+
+def _part_of(value: Value, axis: Axis, start: Any, size: Any) -> Axis:
+    """A part of an axis of tokens: some of those that are always there, or all but these.
+
+    Raises:
+        MixesError: the part is of tokens that may be dropped.
+        UnknownError: the same of an argument.
+    """
+    factor = axis[0]
+    after = factor.size - start - size
+    if len(axis) == 1 and value.kind is Kind.ROW:
+        if size.is_Integer and start.is_Integer and start + size <= factor.lead:
+            return () if size == 1 else (Factor(size, False),)
+        if size.is_Integer and after.is_Integer and after + size <= factor.tail:
+            return () if size == 1 else (Factor(size, False),)
+        if start.is_Integer and start <= factor.lead and after.is_Integer and 0 <= after <= factor.tail:
+            return (Factor(size, True, factor.lead - int(start), factor.tail - int(after)),)
+    _refuse_part(value, axis)
+    raise AssertionError
 
 
 def _refuse_part(value: Value, axis: Axis) -> None:
@@ -166,12 +184,17 @@ def diagonal(op: Op) -> Value:
 def cat(op: Op) -> Value:
     values = [value for value in op.values("tensors") if value.axes]
     d = op.dim("dim", len(values[0].axes))
-    if any(has_tokens(value.axes[d]) for value in values):
+    along = [i for i, value in enumerate(values) if has_tokens(value.axes[d])]
+    if along:
         sizes = [size_of(value.axes[d]) for value in values]
-        if len(sizes) == 2 and sizes[0].is_Integer and sum(sizes) == op.flow.length:  # The first tokens come back.
-            values = [value.with_axes(_replaced(value.axes, d, values[1].axes[d])) for value in values]
-            return join(values, _replaced(broadcast(values), d, (Factor(op.flow.length, True),)))
-        raise UnknownError("tokens are joined to others")
+        joined = values[along[0]].axes[d]
+        if len(along) > 1 or len(joined) > 1:
+            raise UnknownError("tokens are joined to others")
+        before, after = (int(sum(part)) for part in (sizes[: along[0]], sizes[along[0] + 1 :]))
+        axis = (Factor(sum(sizes), True, joined[0].lead + before, joined[0].tail + after),)
+        values = [value.with_axes(_replaced(value.axes, d, axis)) for value in values]
+        result = join(values, broadcast(values))
+        return result if result.kind is not Kind.FIXED else replace(result, kind=Kind.ROW)
     rest = broadcast([value.with_axes(axis if i != d else () for i, axis in enumerate(value.axes)) for value in values])
     return join(values, (*rest[:d], op.axis(op.out.shape[d]), *rest[d + 1 :]))
 
@@ -255,3 +278,13 @@ def scatter(op: Op) -> Value:
 def one_hot(op: Op) -> Value:
     value = op.value("self")
     return join([value], (*value.axes, op.axis(op.out.shape[-1])))
+
+
+@rule("view_as_complex")
+def view_as_complex(op: Op) -> Value:
+    return op.value("self").with_axes(op.value("self").axes[:-1])
+
+
+@rule("view_as_real")
+def view_as_real(op: Op) -> Value:
+    return op.value("self").with_axes((*op.value("self").axes, op.axis(2)))

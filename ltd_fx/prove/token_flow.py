@@ -33,12 +33,12 @@ def judge(
         traced = trace(layer, pattern, call, sandbox, shared=shared, protected=protected)
     except Exception as error:
         return Verdict(unknown=f"it cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    if traced.bound:
-        return Verdict(mixes=traced.bound)
     if traced.fixed:
         return Verdict(unknown="it makes a plain number of the number of tokens")
     flow = Flow(traced.graph, traced.length, traced.inputs, protected)
     verdict = flow.judge(lambda made: _hidden(made, pattern), traced.hidden)
+    if traced.bound and not verdict.mixes:
+        return Verdict(mixes=traced.bound)
     return Verdict(unknown=traced.unsure) if verdict == Verdict() and traced.unsure else verdict
 
 

@@ -1,6 +1,7 @@
 """A layer's own forward as a graph, as a routed call runs it: in training mode, on a symbolic number of kept tokens."""
 
 import inspect
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sympy
@@ -21,6 +22,8 @@ from ltd_fx.torch_private import (
     symbolic_length,
     symbolic_mode,
 )
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class Trace(NamedTuple):
@@ -85,7 +88,7 @@ def trace(
     leaves, spec = pytree.tree_flatten(kept)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made = [*(leaves[i] for i in places), *own]
-    values = [_value(tensor, length, tensor is kept[pattern.hidden]) for tensor in made]
+    values = [_value(tensor, length, protected, tensor is kept[pattern.hidden]) for tensor in made]
     before = len(guards_of(mode))
 
     def run(*tensors: Tensor) -> Any:
@@ -109,26 +112,40 @@ def _site(layer: nn.Module, protected: int) -> Site:
     return Site("the layer", 0, layer, state)
 
 
-def _value(tensor: Tensor, length: Any, hidden: bool) -> Value:
-    axes = tuple(axis_of(size_expr(n), length) for n in tensor.shape)
+def _value(tensor: Tensor, length: Any, protected: int, hidden: bool) -> Value:
+    axes = tuple(axis_of(size_expr(n), length, protected) for n in tensor.shape)
     along = any(factor.tokens for axis in axes for factor in axis)
     return Value(Kind.ROW if along else Kind.FIXED, axes, hidden)
 
 
 def _conditions(mode: Any, length: Any, before: int, protected: int) -> tuple[str, str]:
-    """What the trace took for granted of the number of tokens: a bound that it may not keep, or anything else."""
+    """What the trace took for granted of the number of tokens: a bound that the layer asks for, or anything else.
+
+    What torch itself asks for (is this tensor contiguous, is that index within it) is no way that the layer takes,
+    unless it ends at some number of tokens.
+    """
     bound = unsure = ""
     for expr, place in guards_of(mode)[before:]:
         if length not in expr.free_symbols or _always(expr, length, max(2, protected + 1)):
             continue
+        of_torch, is_bound = place.startswith(_TORCH), isinstance(expr, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge))
+        if of_torch and (isinstance(expr, sympy.Ne) or (is_bound and expr.subs(length, 10**9) == sympy.true)):
+            continue
         said = f"it takes this way only where {str(expr).replace(str(length), 'tokens')} ({place})"
-        if isinstance(expr, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)):
+        if is_bound and not of_torch:
             bound = bound or said
         else:
             unsure = unsure or said
     return bound, unsure
 
 
-def _always(expr: Any, length: Any, least: int) -> bool:
-    """Whether a condition holds for ``least`` tokens and all larger numbers of them, so far as that is seen."""
-    return isinstance(expr, (sympy.Gt, sympy.Ge)) and all(bool(expr.subs(length, n)) for n in (least, least + 1, 10**6))
+def _always(condition: Any, length: Any, least: int) -> bool:
+    """Whether a condition is seen to hold for ``least`` tokens and all larger numbers of them."""
+    more = sympy.Symbol("more", integer=True, nonnegative=True)
+    condition = condition.subs(length, more + least).replace(_divides, lambda mod: sympy.Integer(0))
+    return bool(sympy.simplify(condition) == sympy.true)
+
+
+def _divides(expr: Any) -> bool:
+    """Whether ``expr`` is the remainder of what is a multiple."""
+    return type(expr).__name__ in ("Mod", "PythonMod") and bool(sympy.cancel(expr.args[0] / expr.args[1]).is_Integer)

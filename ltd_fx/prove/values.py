@@ -27,10 +27,16 @@ class Kind(Enum):
 
 
 class Factor(NamedTuple):
-    """A part of an axis: an axis of ``B * S`` has two, in the order in which they are flattened."""
+    """A part of an axis: an axis of ``B * S`` has two, in the order in which they are flattened.
+
+    Along one that carries tokens, ``lead`` entries at the start and ``tail`` at the end are there whatever is dropped:
+    protected tokens, or those of another sequence that were joined to it.
+    """
 
     size: Any  # sympy.Expr
     tokens: bool
+    lead: int = 0
+    tail: int = 0
 
 
 Axis = tuple[Factor, ...]
@@ -79,10 +85,13 @@ def size_of(axis: Axis) -> Any:
     return sympy.Mul(*(factor.size for factor in axis))
 
 
-def axis_of(size: Any, length: Any) -> Axis:
+def axis_of(size: Any, length: Any, protected: int = 0) -> Axis:
     """An axis of a new tensor; tokens lie along it if its size depends on the ``length``."""
     size = sympy.sympify(size)
-    return () if size == 1 else (Factor(size, length in size.free_symbols),)
+    if length not in size.free_symbols:
+        return () if size == 1 else (Factor(size, False),)
+    more = size - length
+    return (Factor(size, True, max(0, protected + int(more)) if more.is_Integer else 0),)
 
 
 def broadcast(values: Sequence[Value]) -> tuple[Axis, ...]:

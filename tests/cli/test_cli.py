@@ -94,7 +94,7 @@ def test_inspect_a_configuration(family: str, capsys: Any, tmp_path: Path) -> No
     layers = found["layers"]
     assert [layer["name"] for layer in layers] == [f"{CASES[family].layers}.{i}" for i in range(5)]
     assert [layer["routed"] for layer in layers] == [False, True, True, True, False]
-    assert [layer["status"] for layer in layers] == [None, *["verified"] * 3, None]
+    assert [layer["status"] for layer in layers] == [None, *["proven"] * 3, None]
     assert all(layer["error"] < 1e-12 for layer in layers[1:4])
 
 
@@ -104,7 +104,7 @@ def test_inspect_a_factory(factory: str, code: int, capsys: Any) -> None:
     assert main(["inspect", f"test_cli:llama_{factory}_inputs", "--layers", r".*layers\.[012]"]) == code
     table = capsys.readouterr().out
     assert "1 of 3 layers routed" in table
-    assert ("verified, error" if code == 0 else "not checked") in table
+    assert ("proven, error" if code == 0 else "not checked") in table
 
 
 @pytest.mark.parametrize(

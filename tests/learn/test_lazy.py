@@ -105,7 +105,7 @@ def test_eval_forwards_stay_plain_and_the_first_training_forward_routes() -> Non
     assert_routed(model, kept_by(model.train()))
     assert not pending(model)
     sites = [site for site in ltd_fx.summary(model).sites if site.routed]
-    assert [site.proof.status for site in sites] == ["verified"] * 2
+    assert [site.proof.status for site in sites] == ["proven"] * 2
     assert [site.aligned for site in sites] == [{"mask": (3,)}] * 2
     assert torch.equal(model.eval()(*inputs()), plain(*inputs()))
     assert snapshot(ltd_fx.restore(model)) == snapshot(plain)

@@ -127,11 +127,11 @@ def test_the_reports_say_what_is_not_verifiable() -> None:
     ltd_fx.register_pattern(Convolving, LayerPattern(hidden="x"))
     x = (torch.randn(B, S, D),)
     model = ltd_fx.transform(Stack(Convolving), example_inputs=x)
-    assert "by its LayerPattern, not verifiable: kept tokens see dropped ones" in str(ltd_fx.summary(model))
+    assert "trusted, by its LayerPattern; not verifiable: kept tokens see dropped ones" in str(ltd_fx.summary(model))
     report = ltd_fx.verify(model, x)
     assert not report.ok
     assert "layers.1  not verifiable" in str(report)
-    assert "0 of 1 routed layers verified" in str(report)
+    assert "0 of 1 routed layers proven or tested" in str(report)
 
 
 def test_a_window_that_only_shows_at_full_length_is_refused() -> None:
