@@ -40,6 +40,7 @@ __all__ = [
     "check_with",
     "child_slots",
     "constant_local_maybe",
+    "decided_by",
     "fake_mode_of",
     "hooks_of",
     "in_backward",
@@ -48,14 +49,18 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_grouped_mm",
     "is_replica",
+    "make_graph",
     "mark_dynamic",
     "must_recompute",
     "pytree",
     "replace_tensors",
     "safe_softmax",
+    "schema_of",
     "set_decompositions",
+    "size_expr",
     "skip_code",
     "storage_of",
+    "symbolic_length",
     "traced_graph_maybe",
     "written_by",
 ]
@@ -84,21 +89,15 @@ def storage_of(tensor: torch.Tensor) -> int:
 # ---- symbolic sizes
 
 
-def symbolic_mode() -> FakeTensorMode:
-    """A fake mode whose tensors may have symbolic sizes, each a symbol of its own."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-
-
-def symbolic_length(mode: FakeTensorMode, size: int) -> torch.SymInt:
-    """A symbol of :func:`symbolic_mode` that stands for ``size``, and is known to be more than 1."""
+def symbolic_length(size: int) -> tuple[torch.SymInt, FakeTensorMode]:
+    """A symbol that stands for ``size``, and is known to be more than 1; and the fake mode that it belongs to."""
     from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    tensor = mode.from_tensor(torch.empty(size), source=ConstantSource("length"), symbolic_context=context)
-    return tensor.shape[0]  # type: ignore[return-value]  # a symbol, which is typed as the integer it stands for
+    made: Any = mode.from_tensor(torch.empty(size), source=ConstantSource("length"), symbolic_context=context)
+    return made.shape[0], mode
 
 
 def size_expr(size: Any) -> Any:
@@ -108,25 +107,19 @@ def size_expr(size: Any) -> Any:
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
 
 
-def guards_of(mode: FakeTensorMode) -> list[tuple[Any, str]]:
-    """What was decided by symbolic sizes so far: each condition, and where, in the user's file if it is there."""
+def decided_by(mode: FakeTensorMode, symbol: Any) -> tuple[list[tuple[Any, str]], bool]:
+    """The conditions on symbolic sizes so far, each with its place; and whether ``symbol`` became a plain number."""
     env: Any = mode.shape_env
-    places = [(guard.expr, guard.sloc.maybe_user_loc or guard.sloc.framework_loc) for guard in env.guards]
-    return [(expr, f"{at.filename}:{at.lineno}" if hasattr(at, "lineno") else str(at)) for expr, at in places]
-
-
-def is_replaced(mode: FakeTensorMode, symbol: Any) -> bool:
-    """Whether the symbol became a number, as ``float(length)`` makes it."""
-    env: Any = mode.shape_env
-    return symbol in env.replacements
+    places = [(g.expr, g.sloc.maybe_user_loc or g.sloc.framework_loc) for g in env.guards]
+    said = [(expr, f"{at.filename}:{at.lineno}" if hasattr(at, "lineno") else str(at)) for expr, at in places]
+    return said, symbol in env.replacements
 
 
 def make_graph(function: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
     """``function`` traced on fake tensors into operators of aten, before autograd decomposes them."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    options: dict[str, Any] = {"pre_dispatch": True, "_allow_non_fake_inputs": True, "record_stack_traces": True}
-    return make_fx(function, tracing_mode="real", **options)(*inputs)
+    return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
 
 
 def schema_of(target: Any) -> Any:
@@ -159,10 +152,7 @@ known at run time is kept for then. ``torch._check``, which is documented, raise
 
 
 def is_grouped_mm(func: Any) -> bool:
-    """Whether a ``TorchFunctionMode`` was called for the matmul of a mixture of experts.
-
-    ``torch.nn.functional.grouped_mm`` is public, but shows up as the private function that it calls.
-    """
+    """Whether a ``TorchFunctionMode`` was called for ``grouped_mm``, which shows as the private function it calls."""
     return getattr(func, "__name__", "").endswith("grouped_mm")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of
 from ltd_fx.prove.verdict import Verdict
-from ltd_fx.torch_private import OpOverload, pytree, schema_of, size_expr, storage_of
+from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, size_expr, storage_of
 
 Rule = Callable[["Op"], Any]
 RULES: dict[str, Rule] = {}
@@ -186,9 +186,10 @@ class Flow:
 
 
 def operator_name(node: fx.Node) -> str:
-    """``add`` for ``aten.add_.Tensor``."""
+    """``add`` for ``aten.add_.Tensor``, and ``to`` for a cast below it."""
     name = str(schema_of(node.target).name).split("::")[1]
-    return name if name.startswith("__") else name.removesuffix("_")
+    name = name if name.startswith("__") else name.removesuffix("_")
+    return "to" if name == TO_COPY.name().split("::")[1].partition(".")[0] else name
 
 
 def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:

@@ -27,12 +27,12 @@ sigmoid logit erf erfc sign sgn copysign heaviside floor ceil round trunc frac h
 elu selu celu hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid log_sigmoid threshold prelu add
 sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod maximum minimum addcmul addcdiv
 lerp where masked_fill clamp clamp_min clamp_max nan_to_num isnan isinf isfinite isneginf bitwise_and bitwise_or
-bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ to _to_copy type_as clone
+bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ to type_as clone
 contiguous detach alias positive lift_fresh lift_fresh_copy copy fill dropout native_dropout feature_dropout
 alpha_dropout bernoulli conj resolve_conj resolve_neg real
 """
 # What leaves a rank a rank, and attention weights attention weights.
-_SAME = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy"}
+_SAME = {"to", "type_as", "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy"}
 _WEIGHTS = _SAME | {"dropout", "native_dropout", "mul", "div", "masked_fill", "nan_to_num", "where"}
 
 
@@ -40,7 +40,7 @@ _WEIGHTS = _SAME | {"dropout", "native_dropout", "mul", "div", "masked_fill", "n
 def elementwise(op: Op) -> Any:
     """An entry of the result from one entry of each input."""
     name, operands = op.name, op.operands()
-    if name in ("to", "_to_copy", "type_as"):
+    if name in ("to", "type_as"):
         operands = operands[:1]
     if any(value.kind is Kind.POSITION and not value.axes for value in operands) and any(v.hidden for v in operands):
         raise MixesError("it makes a number of the length")

@@ -14,13 +14,11 @@ from ltd_fx.prove.values import Axis, Kind, Value, axis_of
 from ltd_fx.runtime import Draw, RouteState, Site
 from ltd_fx.torch_private import (
     FAKE_TENSOR_LOG,
-    guards_of,
-    is_replaced,
+    decided_by,
     make_graph,
     pytree,
     size_expr,
     symbolic_length,
-    symbolic_mode,
 )
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -65,14 +63,13 @@ def trace(
         Exception: whatever the layer raises, or what traces it.
     """
     signature = forward_signature(type(layer))
-    mode = symbolic_mode()
     given = dict(signature.bind(*call.args, **call.kwargs).arguments)
     # The call that was watched has filled its cache.
     given = {name: None if hasattr(value, "get_seq_length") else value for name, value in given.items()}
     batch, seq_len = given[pattern.hidden].shape[:2]
     if not pattern.batch_first:
         batch, seq_len = seq_len, batch
-    size = symbolic_length(mode, max(seq_len // 2, protected + 2))
+    size, mode = symbolic_length(max(seq_len // 2, protected + 2))
     length = size_expr(size)
     with mode:
         given = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), given)
@@ -89,7 +86,7 @@ def trace(
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made = [*(leaves[i] for i in places), *own]
     values = [_value(tensor, length, protected, tensor is kept[pattern.hidden]) for tensor in made]
-    before = len(guards_of(mode))
+    before = len(decided_by(mode, length)[0])
 
     def run(*tensors: Tensor) -> Any:
         again = list(leaves)
@@ -103,7 +100,8 @@ def trace(
         layer.train()
         graph = make_graph(run, made).graph
     axes = next(value.axes for value in values if value.hidden)
-    return Trace(graph, length, values, axes, is_replaced(mode, length), *_conditions(mode, length, before, protected))
+    conditions, fixed = decided_by(mode, length)
+    return Trace(graph, length, values, axes, fixed, *_conditions(conditions[before:], length, protected))
 
 
 def _site(layer: nn.Module, protected: int) -> Site:
@@ -118,14 +116,14 @@ def _value(tensor: Tensor, length: Any, protected: int, hidden: bool) -> Value:
     return Value(Kind.ROW if along else Kind.FIXED, axes, hidden)
 
 
-def _conditions(mode: Any, length: Any, before: int, protected: int) -> tuple[str, str]:
+def _conditions(conditions: list[tuple[Any, str]], length: Any, protected: int) -> tuple[str, str]:
     """What the trace took for granted of the number of tokens: a bound that the layer asks for, or anything else.
 
     What torch itself asks for (is this tensor contiguous, is that index within it) is no way that the layer takes,
     unless it ends at some number of tokens.
     """
     bound = unsure = ""
-    for expr, place in guards_of(mode)[before:]:
+    for expr, place in conditions:
         if length not in expr.free_symbols or _always(expr, length, max(2, protected + 1)):
             continue
         of_torch, is_bound = place.startswith(_TORCH), isinstance(expr, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge))

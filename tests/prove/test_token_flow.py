@@ -209,7 +209,7 @@ def test_a_wrong_layer_is_refused(name: str, lazy: bool) -> None:
 
 def test_the_words_of_the_reports() -> None:
     x = torch.randn(2, TOKENS, DIM)
-    for extra, word in ((RIGHT["gate"], "proven"), (lambda m, x: x * x.new_ones(1).nonzero().numel(), "tested")):
+    for extra, word in ((RIGHT["gate"], "proven"), (lambda m, x: torch.erfinv(x.tanh() / 2), "tested")):
         model = ltd_fx.transform(Stack(extra).train(), layers=Layer, example_inputs=(x,))
         assert [site.proof.status for site in ltd_fx.summary(model).sites if site.routed] == [word] * 2
         report = ltd_fx.verify(model, (x,))
