@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import Counter
@@ -29,7 +30,7 @@ Made by `python -m zoo.table ../docs/models.md` in `tests/`.
 
 
 class Row(NamedTuple):
-    """``error`` is None where the model is refused, for ``reason``."""
+    """``error`` is None where the model is refused, for ``reason``, which else says why layers are not proven."""
 
     entry: Entry
     layers: str
@@ -48,13 +49,18 @@ def examine(entry: Entry) -> Row:
     assert report.ok, str(report)
     model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # one training forward, routed
     classes = Counter(site.layer_class for site in report.sites)
-    return Row(entry, ", ".join(classes), max(site.error or 0.0 for site in report.sites), "")
+    reasons = [
+        s.proof.reason for s in ltd_fx.summary(model).sites if s.proof is not None and s.proof.status == "tested"
+    ]
+    return Row(entry, ", ".join(classes), max(site.error or 0.0 for site in report.sites), "".join(reasons[:1]))
 
 
 def _line(row: Row) -> str:
     options = ", ".join(f"`{name}={value!r}`" for name, value in row.entry.options.items())
-    result = f"right, {row.error:.0e}" if row.error is not None else "refused"
-    reason = row.reason.split("; leave it out")[0].replace("|", "\\|").replace("\n", " ")
+    word = "tested" if row.reason else "proven"
+    result = f"{word}, {row.error:.0e}" if row.error is not None else "refused"
+    # Where the user's line is, is of this machine.
+    reason = re.sub(r" \(/.*?\)", "", row.reason.split("; leave it out")[0]).replace("|", "\\|").replace("\n", " ")
     return f"| {row.entry.library} | {row.entry.name} | {row.layers} | {options} | {result} | {reason} |"
 
 
@@ -64,7 +70,11 @@ def main(path: str) -> None:
     rows = [examine(entry) for entry in ENTRIES]
     right = sum(row.error is not None for row in rows)
     libraries = len({entry.library for entry in ENTRIES})
-    counts = f"{right} of {len(rows)} right, {len(rows) - right} refused; {libraries} libraries.\n"
+    proven = sum(row.error is not None and not row.reason for row in rows)
+    counts = (
+        f"{right} of {len(rows)} routed right, of which {proven} proven and {right - proven} tested; "
+        f"{len(rows) - right} refused; {libraries} libraries.\n"
+    )
     head = "| library | model | routed layers | options | result | reason |\n|---|---|---|---|---|---|\n"
     Path(path).write_text(_HEAD + counts + "\n" + head + "\n".join(map(_line, rows)) + "\n")
     print(counts)
