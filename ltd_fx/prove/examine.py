@@ -211,8 +211,8 @@ class Examination:
             verdict = self._judge(layer, pattern, shared, protected)
             if verdict.mixes:
                 raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
-            proven = "" if verdict.unknown else "proven"
-            proof = replace(proof, status=proven or proof.status, reason=proof.reason or verdict.unknown)
+            if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
+                proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
         if proof.status == "wrong" or (proof.status == "not verifiable" and layer.pattern is None):
             if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "tested":
                 raise LTDError(

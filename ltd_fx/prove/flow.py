@@ -7,6 +7,7 @@ it.
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -146,7 +147,10 @@ class Flow:
             else:
                 self._without_rule(op)
             if writes:
-                self.values[cast("fx.Node", node.args[0])] = self.values[node]
+                written = cast("fx.Node", node.args[0])
+                if written.op != "call_function":
+                    self.values[node] = replace(self.values[node], kind=Kind.STATE)
+                self.values[written] = self.values[node]
         if isinstance(made, Tensor):
             self._storages.setdefault(storage_of(made), set()).add(node)
 
@@ -160,8 +164,8 @@ class Flow:
         """An operator that writes into its first argument: nothing else may see it."""
         written = node.args[0]
         assert isinstance(written, fx.Node)
-        if written.op in ("placeholder", "get_attr"):
-            raise MixesError("it changes a state that it keeps, or its input")
+        if self.values[written].kind is not Kind.FIXED and written.op == "placeholder":
+            raise MixesError("it writes into its input")
         if self._storages.get(storage_of(written.meta["val"]), set()) - {written}:
             raise UnknownError("it writes into a part of a tensor")
 
@@ -179,7 +183,7 @@ class Flow:
         value = self.values.get(node)
         if not isinstance(value, Value):
             raise UnknownError("its hidden states cannot be told among what it returns")
-        if value.kind in (Kind.RANK, Kind.POSITION):
+        if value.kind in (Kind.RANK, Kind.POSITION, Kind.STATE):
             raise MixesError("what it returns counts positions among the tokens that are there")
         if value.kind is Kind.WEIGHTS or _plain(value.axes) != _plain(hidden):
             raise UnknownError("the hidden states that it returns have other axes")

@@ -96,6 +96,8 @@ def attention(op: Op) -> Value:
         raise UnknownError("attention between features, summed over tokens")
     if any(v.kind in (Kind.RANK, Kind.POSITION) for v in given):
         raise MixesError("attention goes by positions among the tokens that are there")
+    if any(v.kind is Kind.STATE for v in given):
+        raise MixesError("it goes by a state that it changes")
     if any(v.kind is Kind.WEIGHTS for v in given):
         raise UnknownError("attention weights are changed")
     if op["is_causal"] and query.axes[-2] != key.axes[-2]:

@@ -15,6 +15,7 @@ from ltd_fx.prove.values import (
     UnknownError,
     Value,
     broadcast,
+    has_any_tokens,
     has_tokens,
     join,
     permuted,
@@ -121,6 +122,8 @@ def part(op: Op) -> Value:
         return value.with_axes(_replaced(value.axes, d, _part_of(value, before, start, size)))
     result = value.with_axes(_replaced(value.axes, d, op.axis(size)))
     if has_tokens(result.axes[d]):  # So many rows of a table, the first ones.
+        if has_any_tokens(value):
+            raise UnknownError("a square table by place, which may be a mask of who comes first")
         result = replace(result, kind=Kind.POSITION)
         result.refuse_places()
     return result

@@ -23,6 +23,7 @@ class Kind(Enum):
     ROW = "row-wise"  # An entry at a token depends on that token; at two tokens, on both, or on their order.
     RANK = "rank"  # The place among the tokens that are there, counted by one.
     POSITION = "position"  # What was computed from places: a distance, a table's row, the length as a number.
+    STATE = "state"  # What the forward changes and keeps.
     WEIGHTS = "attention weights"  # Normalised over tokens, to be contracted over them.
 
 
@@ -118,6 +119,10 @@ def join(values: Sequence[Value], axes: tuple[Axis, ...]) -> Value:
         if len(weights) > 1 or others:
             raise UnknownError("attention weights are changed")
         return replace(weights[0], axes=axes, hidden=hidden)
+    if Kind.STATE in kinds:
+        if hidden:
+            raise MixesError("it goes by a state that it changes")
+        return Value(Kind.STATE, axes)
     kind = Kind.ROW if Kind.ROW in kinds else Kind.FIXED
     if kinds & {Kind.RANK, Kind.POSITION}:
         kind = Kind.POSITION

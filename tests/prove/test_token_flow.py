@@ -92,6 +92,7 @@ RIGHT: dict[str, Callable[[Any, Tensor], Any]] = {
     "rows of the batch": lambda m, x: m.gate(x.flatten(0, 1)).view_as(x),
     "mixture of experts": mixture,
     "features joined": lambda m, x: torch.cat([x[..., 8:], x[..., :8]], -1),
+    "a count of its own": lambda m, x: m.calls.add_(1) is None or 0,
     "features in turn": lambda m, x: x.roll(1, -1).cumsum(-1),
 }
 
@@ -137,8 +138,8 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "divided by the length": (lambda m, x: x / x.shape[1], "a number of the length: div"),
     "another way when long": (lambda m, x: x if x.shape[1] > 16 else 2 * x, "only where tokens > 16"),
     "a table so long": (lambda m, x: m.table[: x.shape[1]], "positions among.*: add"),
-    "a state": (lambda m, x: m.calls.add_(1) * x, "changes a state"),
-    "its input": (lambda m, x: x.mul_(2), "changes a state that it keeps, or its input"),
+    "a state": (lambda m, x: m.calls.add_(1) * x, "a state that it changes: mul"),
+    "its input": (lambda m, x: x.mul_(2), "writes into its input"),
 }
 
 
@@ -152,6 +153,7 @@ def test_what_else_tokens_do_is_refused(name: str) -> None:
 
 UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
     "a number of it": lambda m, x: x * float(x.shape[1]),
+    "a square table": lambda m, x: m.attend(x, (m.table @ m.table.mT)[: x.shape[1], : x.shape[1]] > 0),
     "padded and cut": lambda m, x: F.pad(x, (0, 0, 1, 0)),
     "linear attention": lambda m, x: m.q(x) @ (m.k(x).mT @ m.v(x)),
     "attention of features": lambda m, x: ((x.mT @ x).softmax(-1) @ x.mT).mT,
