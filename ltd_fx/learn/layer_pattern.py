@@ -78,7 +78,11 @@ class LayerPattern:
         return None
 
     def check(self, layer_class: type[nn.Module]) -> None:
-        """Raise :class:`LTDError` if the pattern names an argument that ``layer_class.forward`` does not have."""
+        """See that the pattern fits ``layer_class``.
+
+        Raises:
+            LTDError: the pattern names an argument that ``layer_class.forward`` does not have.
+        """
         unknown = self.unknown_argument(layer_class)
         if unknown is not None:
             names = argument_names(layer_class)

@@ -99,6 +99,9 @@ class LTDScheduler:
 
         Layers with a ``share`` of their own start from ``share * max_length`` tokens instead of ``min_length``, and
         are full when the others are: how many more tokens they drop, or fewer, stays in proportion.
+
+        Raises:
+            LTDError: ``step`` is no integer of 0 or more, or a ``kind`` of one's own gives no integer there.
         """
         length = self._unrounded(_integer("step", step, 0))
         if share is not None:
@@ -147,7 +150,11 @@ class LTDScheduler:
         self._refresh()
 
     def set_step(self, global_step: int) -> None:
-        """Go to ``global_step``, as if :meth:`step` had been called that many times from the start."""
+        """Go to ``global_step``, as if :meth:`step` had been called that many times from the start.
+
+        Raises:
+            LTDError: ``global_step`` is no integer of 0 or more.
+        """
         steps = _integer("global_step", global_step, 0)
         self._sums = {share: self._sum(steps, share) for share in self._lengths}
         self._step = steps
