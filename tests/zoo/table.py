@@ -20,8 +20,9 @@ from .entry import Entry
 _HEAD = """# Which models are routed right
 
 Every row is a small model with random weights, transformed with `example_inputs` and without code about its layers.
-*Right*: every routed layer equals the dense layer with attention to the dropped tokens blocked; the error is the
+*Tested*: every routed layer equals the dense layer with attention to the dropped tokens blocked; the error is the
 largest difference of the kept rows relative to the largest value (`ltd_fx.verify`, see there how it is found).
+*Proven*: that, and by token flow, from the layer's operations; where only tested, the reason is why not proven.
 *Refused*: `transform` raises `LTDError` with this reason, and the model is untouched.
 
 Made by `python -m zoo.table ../docs/models.md` in `tests/`.
