@@ -19,6 +19,7 @@ from ltd_fx.torch_private import (
     OpOverload,
     TorchDispatchMode,
     call_without_hooks,
+    hooks_of,
     is_fake,
     replace_tensors,
     storage_of,
@@ -137,6 +138,13 @@ def _attributes(modules: list[nn.Module]) -> Iterator[None]:
                 parameter.grad = grad
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+def leaves_hooks_out(layer: nn.Module) -> bool:
+    """Whether modules within the layer have forward hooks that a sandbox does not call; its own are outside of it."""
+    within = (module for module in layer.modules() if module is not layer)
+    hooks = [hook for module in within for each in hooks_of(module)[:2] for hook in each.values()]
+    return not all(map(_computes, hooks))
 
 
 def _computes(hook: Any) -> bool:

@@ -13,9 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of
+from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of, has_tokens
 from ltd_fx.prove.verdict import Verdict
-from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, size_expr, storage_of
+from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, size_expr, storage_of, written_by
+
+# What they take of a tensor is its shape and its dtype: of the first, or of the second.
+_SHAPE_ALONE = ("ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like", "new_empty_strided")
+_SHAPE_OF_ANOTHER = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 
 Rule = Callable[["Op"], Any]
 RULES: dict[str, Rule] = {}
@@ -101,6 +105,7 @@ class Flow:
     def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value], protected: int = 0) -> None:
         self.length, self.protected = length, protected
         self.values: dict[fx.Node, Any] = {}
+        self._flaws: dict[fx.Node, Verdict] = {}
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}
 
@@ -112,6 +117,9 @@ class Flow:
     def judge(self, output: Callable[[Any], Any], hidden: tuple[Axis, ...]) -> Verdict:
         """What the graph says of the layer.
 
+        What is wrong with a value matters if the hidden states that the layer returns come of it: a loss on the side
+        may be a mean over all tokens.
+
         Args:
             output: of what the layer returns, the hidden states.
             hidden: their axes, as they came in.
@@ -119,65 +127,101 @@ class Flow:
         for node in self._graph.nodes:
             try:
                 if node.op == "output":
-                    self._check_output(output(node.args[0]), hidden)
-                else:
+                    returned = output(node.args[0])
+                    if returned in self._flaws:
+                        return self._flaws[returned]
+                    self._check_output(returned, hidden)
+                elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
                     self._visit(node)
-            except MixesError as error:
-                return Verdict(mixes=f"{error}: {_where(node)}")
-            except UnknownError as error:
-                return Verdict(unknown=f"{error}: {_where(node)}")
+            except (MixesError, UnknownError) as error:
+                return _verdict(error, node)
         return Verdict()
 
     def _visit(self, node: fx.Node) -> None:
-        made: Any = node.meta.get("val")
-        if node.op == "placeholder":
-            self.values[node] = next(self._inputs)
-        elif node.op == "get_attr":
-            self.values[node] = Value(Kind.FIXED, tuple(axis_of(size_expr(n), self.length) for n in made.shape))
-        elif not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(made)):
-            return
-        elif not isinstance(node.target, OpOverload):
-            self._getitem(node)
-        else:
-            op, writes = Op(self, node), schema_of(node.target).is_mutable
-            if writes:
-                self._check_write(node)
-            if op.name in RULES:
-                self.values[node] = RULES[op.name](op)
-            else:
-                self._without_rule(op)
-            if writes:
-                written = cast("fx.Node", node.args[0])
-                if written.op != "call_function":
-                    self.values[node] = replace(self.values[node], kind=Kind.STATE)
-                self.values[written] = self.values[node]
+        made: Any = node.meta["val"]
+        writes = isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
+        if writes:
+            self._check_write(node)
+        flaw = self._inherited(node)
+        if flaw is None:
+            try:
+                self.values[node] = self._evaluate(node)
+            except (MixesError, UnknownError) as error:
+                flaw = _verdict(error, node)
+        if flaw is not None:
+            self._flaws[node] = flaw
+            shape = made.shape if isinstance(made, Tensor) else ()
+            axes = tuple(axis_of(size_expr(n), self.length, self.protected) for n in shape)
+            self.values[node] = Value(Kind.ROW, axes, hidden=True)
+        if writes:
+            self._write(node)
         if isinstance(made, Tensor):
             self._storages.setdefault(storage_of(made), set()).add(node)
 
-    def _getitem(self, node: fx.Node) -> None:
+    def _inherited(self, node: fx.Node) -> Verdict | None:
+        """What is wrong with the values that a node is computed from."""
+        name = operator_name(node)
+        if name in _SHAPE_ALONE:
+            return None
+        read = node.all_input_nodes[:1] if name in _SHAPE_OF_ANOTHER else node.all_input_nodes
+        flaws = [self._flaws[each] for each in read if each in self._flaws]
+        if not flaws:
+            return None
+        if isinstance(node.target, OpOverload) and name not in RULES:
+            return _verdict(UnknownError("nothing is known of this operator"), node)
+        return max(flaws, key=lambda flaw: bool(flaw.mixes))
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(self._inputs)
+        if node.op == "get_attr":
+            return Value(Kind.FIXED, tuple(axis_of(size_expr(n), self.length) for n in node.meta["val"].shape))
+        if not isinstance(node.target, OpOverload):
+            return self._getitem(node)
+        op = Op(self, node)
+        if op.name not in RULES:
+            return self._without_rule(op)
+        try:
+            return RULES[op.name](op)
+        except (MixesError, UnknownError):
+            raise
+        except Exception as error:  # Its rule did not think of this way to call the operator.
+            raise UnknownError(f"its rule fails ({type(error).__name__}: {error})") from error
+
+    def _getitem(self, node: fx.Node) -> Any:
         source, *index = cast("tuple[Any, ...]", node.args)
         if getattr(node.target, "__name__", "") != "getitem" or not isinstance(self.values.get(source), (list, tuple)):
             raise UnknownError("nothing is known of this operator")
-        self.values[node] = self.values[source][index[0]]
+        return self.values[source][index[0]]
 
     def _check_write(self, node: fx.Node) -> None:
-        """An operator that writes into its first argument: nothing else may see it."""
+        """An operator that writes into a tensor: its first argument alone, which nothing else may see."""
         written = node.args[0]
-        assert isinstance(written, fx.Node)
+        if not isinstance(written, fx.Node) or written_by(cast("OpOverload", node.target)) - {0, "self"}:
+            raise UnknownError("it writes into several tensors, or another than its first")
         if self.values[written].kind is not Kind.FIXED and written.op == "placeholder":
             raise MixesError("it writes into its input")
         if self._storages.get(storage_of(written.meta["val"]), set()) - {written}:
             raise UnknownError("it writes into a part of a tensor")
 
-    def _without_rule(self, op: Op) -> None:
+    def _write(self, node: fx.Node) -> None:
+        """What was written to has the value of the result; what outlives the forward is a state."""
+        written = cast("fx.Node", node.args[0])
+        if written.op != "call_function":
+            if self.values[node].hidden:
+                raise UnknownError("it keeps a state of its hidden states")
+            self.values[node] = replace(self.values[node], kind=Kind.STATE)
+        self.values[written] = self.values[node]
+        if node in self._flaws:
+            self._flaws[written] = self._flaws[node]
+
+    def _without_rule(self, op: Op) -> Value:
         """An operator that is not known: harmless, where nothing that it takes depends on tokens."""
-        made = op.out
-        if not isinstance(made, Tensor) or any(v.token_axes() or v.kind is not Kind.FIXED for v in op.operands()):
+        axes = op.axes(op.out.shape) if isinstance(op.out, Tensor) else None
+        given = op.operands()
+        if axes is None or any(map(has_tokens, axes)) or any(v.token_axes() or v.kind is not Kind.FIXED for v in given):
             raise UnknownError("nothing is known of this operator")
-        axes = op.axes(made.shape)
-        if any(factor.tokens for axis in axes for factor in axis):
-            raise UnknownError("nothing is known of this operator")
-        self.values[op.node] = Value(Kind.FIXED, axes)
+        return Value(Kind.FIXED, axes)
 
     def _check_output(self, node: Any, hidden: tuple[Axis, ...]) -> None:
         value = self.values.get(node)
@@ -190,10 +234,19 @@ class Flow:
 
 
 def operator_name(node: fx.Node) -> str:
-    """``add`` for ``aten.add_.Tensor``, and ``to`` for a cast below it."""
-    name = str(schema_of(node.target).name).split("::")[1]
+    """``add`` for ``aten.add_.Tensor``, and ``to`` for a cast below it; empty for what is no operator of aten."""
+    if not isinstance(node.target, OpOverload):
+        return ""
+    namespace, _, name = str(schema_of(node.target).name).partition("::")
+    if namespace != "aten":
+        return ""
     name = name if name.startswith("__") else name.removesuffix("_")
     return "to" if name == TO_COPY.name().split("::")[1].partition(".")[0] else name
+
+
+def _verdict(error: Exception, node: fx.Node) -> Verdict:
+    said = f"{error}: {_where(node)}"
+    return Verdict(mixes=said) if isinstance(error, MixesError) else Verdict(unknown=said)
 
 
 def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
@@ -202,7 +255,7 @@ def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
 
 def _where(node: fx.Node) -> str:
     """The operator, and the user's line that calls it."""
-    name = operator_name(node) if isinstance(node.target, OpOverload) else node.op
+    name = operator_name(node) or (str(node.target) if node.op == "call_function" else node.op)
     frames = re.findall(r'File "(.+?)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
     outside = [frame for frame in frames if "/torch/" not in frame[0]]
     if not outside:

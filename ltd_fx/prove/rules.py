@@ -17,6 +17,7 @@ from ltd_fx.prove.values import (
     has_tokens,
     join,
     size_of,
+    token_factors,
 )
 
 # ---- element by element
@@ -33,7 +34,7 @@ alpha_dropout bernoulli conj resolve_conj resolve_neg real
 """
 # What leaves a rank a rank, and attention weights attention weights.
 _SAME = {"to", "type_as", "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy"}
-_WEIGHTS = _SAME | {"dropout", "native_dropout", "mul", "div", "masked_fill", "nan_to_num", "where"}
+_LINEAR = _SAME | {"dropout", "native_dropout", "mul", "div"}
 
 
 @rule(_ELEMENTWISE)
@@ -46,17 +47,15 @@ def elementwise(op: Op) -> Any:
         raise MixesError("it makes a number of the length")
     if name in _SAME and operands[0].kind in (Kind.RANK, Kind.POSITION):
         return operands[0]
-    kinds = [value.kind for value in operands]
-    if Kind.WEIGHTS in kinds and name not in _WEIGHTS:
-        raise UnknownError("attention weights are changed")
     ranks = [value for value in operands if value.kind is Kind.RANK]
     axes = broadcast(operands)
-    if name == "sub" and len(ranks) == len(operands) == 2 and op["alpha"] == 1:
+    if name == "sub" and len(ranks) == len(operands) == 2 and op["alpha"] == 1 and _same_sequence(ranks):
         return Value(Kind.POSITION, axes, offset=ranks[0].offset - ranks[1].offset)
     if name in ("add", "sub") and len(ranks) == 1 and isinstance(op["other"], int) and op["alpha"] == 1:
         shift = op["other"] if name == "add" else -op["other"]
         return replace(ranks[0], offset=ranks[0].offset + shift)
-    result = join(operands, axes)
+    by_weights = name == "div" and operands[0].kind is not Kind.WEIGHTS
+    result = join(operands, axes, linear=name in _LINEAR and not by_weights)
     return [result, result] if isinstance(op.out, (tuple, list)) else result
 
 
@@ -66,11 +65,17 @@ def compare(op: Op) -> Value:
     operands = op.operands()
     axes, other = broadcast(operands), op["other"]
     if len(operands) == 2 and all(value.kind is Kind.RANK for value in operands):
+        if not _same_sequence(operands):
+            raise UnknownError("places in different sequences are compared")
         same = operands[0].offset == operands[1].offset
         return Value(Kind.ROW if same else Kind.POSITION, axes)
     if len(operands) == 1 and operands[0].kind is Kind.POSITION and operands[0].offset is not None:
         return Value(Kind.ROW if operands[0].offset == other else Kind.POSITION, axes)
     return join(operands, axes)
+
+
+def _same_sequence(ranks: list[Value]) -> bool:
+    return len({factor for rank in ranks for factor in token_factors(rank)}) == 1
 
 
 @rule("tril triu")
@@ -86,8 +91,9 @@ def triangle(op: Op) -> Value:
     )
     if not ordered and value.hidden:
         raise MixesError("it attends within a window of places")
-    kind = value.kind if value.kind in (Kind.RANK, Kind.POSITION) else Kind.ROW
-    return replace(value, kind=kind if ordered else Kind.POSITION)
+    if value.kind not in (Kind.FIXED, Kind.ROW):
+        raise UnknownError("a triangle of what is no scores")
+    return replace(value, kind=Kind.ROW if ordered else Kind.POSITION)
 
 
 # ---- new tensors
@@ -102,7 +108,8 @@ def constant(op: Op) -> Value:
 
 @rule("ones_like zeros_like full_like empty_like rand_like randn_like new_empty_strided")
 def constant_like(op: Op) -> Value:
-    return Value(Kind.FIXED, op.value("self").axes)
+    counts = "fill_value" in op.names and op.value("fill_value").kind is Kind.POSITION
+    return Value(Kind.POSITION if counts else Kind.FIXED, op.value("self").axes)
 
 
 @rule("arange")
@@ -140,30 +147,27 @@ def reduce(op: Op) -> Any:
         return elementwise(op)
     dims = op.dims("dim", len(value.axes))
     if dims & value.token_axes():
-        if value.hidden:
+        if value.hidden and len(token_factors(value)) == 1:
             raise MixesError("it is computed over all tokens")
         raise UnknownError("a reduction over tokens")
-    if value.kind is Kind.WEIGHTS:
-        raise UnknownError("attention weights are changed")
     keep = bool(op["keepdim"])
     axes = tuple(() if d in dims else axis for d, axis in enumerate(value.axes) if keep or d not in dims)
     result = join([value], axes)
     return [result] * len(op.out) if isinstance(op.out, (tuple, list)) else result
 
 
-@rule("softmin log_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort flip roll topk kthvalue")
+@rule(_ALONG)
 def along(op: Op) -> Any:
     """Along features it is each token's own."""
     value = op.value("self")
     dims = op.dims("dims" if "dims" in op.names else "dim", len(value.axes))
     if dims & value.token_axes():
-        if value.hidden:
+        # Experts sort the tokens, and put each one's result back: whether they do is not seen here.
+        if value.hidden and len(token_factors(value)) == 1 and op.name not in ("sort", "argsort"):
             raise MixesError("it goes along the tokens")
         if value.kind is Kind.FIXED and op.name in ("cumsum", "cumprod"):
             return replace(value, kind=Kind.POSITION)
         raise UnknownError("it goes along the tokens")
-    if value.kind is Kind.WEIGHTS:
-        raise UnknownError("attention weights are changed")
     made = op.out if isinstance(op.out, (tuple, list)) else [op.out]
     (d,) = dims if len(dims) == 1 else (None,)
     axes = tuple(op.axis(made[0].shape[i]) if i == d else axis for i, axis in enumerate(value.axes))
@@ -180,7 +184,7 @@ def norm(op: Op) -> Any:
     count = len(op["normalized_shape"])
     if any(map(has_tokens, value.axes[-count:])):
         raise MixesError("it normalises over the tokens")
-    result = join([value], value.axes)
+    result = join(op.operands(), value.axes)
     return [result] * len(op.out) if isinstance(op.out, (tuple, list)) else result
 
 
@@ -189,7 +193,7 @@ def batch_norm(op: Op) -> Any:
     value = op.value("input")
     if value.token_axes() - {1}:
         raise MixesError("it normalises over the tokens")
-    return join([value], value.axes)
+    return join(op.operands(), value.axes)
 
 
 @rule("group_norm native_group_norm")
@@ -197,7 +201,7 @@ def group_norm(op: Op) -> Any:
     value = op.value("input")
     if value.token_axes() - {0}:
         raise MixesError("it normalises over the tokens")
-    return join([value], value.axes)
+    return join(op.operands(), value.axes)
 
 
 # ---- neighbours
@@ -212,7 +216,7 @@ def convolution(op: Op) -> Value:
     axes = tuple(
         axis if d in along else op.axis(n) for d, (axis, n) in enumerate(zip(value.axes, op.out.shape, strict=True))
     )
-    return join([value, weight], axes)
+    return join(op.operands(), axes)
 
 
 @rule(_NEIGHBOURS)

@@ -13,7 +13,9 @@ def matmul(op: Op) -> Value:
 
 @rule("addmm baddbmm addbmm")
 def addmm(op: Op) -> Value:
-    bias, first, second = op.operands()
+    bias, first, second, *numbers = op.operands()
+    if numbers:
+        raise MixesError("it makes a number of the length")
     product = contract(first, second)
     return join([product, bias], broadcast([product, bias]))
 
@@ -23,20 +25,20 @@ def contract(a: Value, b: Value) -> Value:
     if len(a.axes) < 2 or len(b.axes) < 2:
         if any(map(has_tokens, (*a.axes, *b.axes))):
             raise UnknownError("a product of vectors")
-        return join([a, b], a.axes[:-1] if len(b.axes) == 1 else b.axes[1:])
+        return join([a, b], a.axes[:-1] if len(b.axes) == 1 else b.axes[1:], linear=True)
     summed = has_tokens(a.axes[-1]) or has_tokens(b.axes[-2])
     lead = broadcast([a.with_axes(a.axes[:-2]), b.with_axes(b.axes[:-2])])
     axes = (*lead, a.axes[-2], b.axes[-1])
     if not summed:
-        return join([a, b], axes)
+        return join([a, b], axes, linear=True)
     for weights, others, d in ((a, b, -1), (b, a, -2)):
         if weights.kind is Kind.WEIGHTS and normalised_axis(weights) == len(weights.axes) + d:
+            if others.kind is Kind.WEIGHTS:
+                raise UnknownError("attention weights are changed")
             if others.kind not in (Kind.ROW, Kind.FIXED):
                 raise MixesError("it counts positions among the tokens that are there")
             return Value(Kind.ROW, axes, hidden=True)
-    if a.hidden or b.hidden:
-        raise UnknownError("a sum over tokens that is no softmax attention")
-    raise UnknownError("a sum over tokens")
+    raise UnknownError("a sum over tokens that is no softmax attention")
 
 
 @rule("linear")
@@ -44,9 +46,7 @@ def linear(op: Op) -> Value:
     value, weight = op.value("input"), op.value("weight")
     if has_tokens(value.axes[-1]):
         raise MixesError("a linear map over the tokens")
-    if value.kind is Kind.WEIGHTS:
-        raise UnknownError("attention weights are changed")
-    return join([value, weight], (*value.axes[:-1], weight.axes[0] if len(weight.axes) > 1 else ()))
+    return join(op.operands(), (*value.axes[:-1], weight.axes[0] if len(weight.axes) > 1 else ()))
 
 
 @rule("einsum")
@@ -66,7 +66,11 @@ def einsum(op: Op) -> Value:
     summed = {letter for letter in axes if letter not in output and has_tokens(axes[letter])}
     result = tuple(axes.get(letter, ()) for letter in output)
     if not summed:
-        return join(operands, result)
+        return join(operands, result, linear=True)
+    if any(value.kind in (Kind.RANK, Kind.POSITION, Kind.STATE) for value in operands):
+        raise UnknownError("a sum over tokens of what is no hidden states")
+    if all(value.kind is Kind.WEIGHTS for value in operands):
+        raise UnknownError("attention weights are changed")
     for weights, names in zip(operands, letters, strict=True):
         d = normalised_axis(weights) if weights.kind is Kind.WEIGHTS else None
         if d is not None and summed == {names[d]}:
@@ -82,7 +86,7 @@ def softmax(op: Op) -> Value:
         return join([value], value.axes)
     if len(value.axes[d]) > 1:
         raise UnknownError("a softmax over tokens and more")
-    if value.kind in (Kind.RANK, Kind.POSITION, Kind.WEIGHTS):
+    if value.kind not in (Kind.ROW, Kind.FIXED):
         raise UnknownError("a softmax of what is no scores")
     before = sum(factor.tokens for axis in value.axes[:d] for factor in axis)
     return replace(value, kind=Kind.WEIGHTS, over=before)
@@ -92,6 +96,8 @@ def softmax(op: Op) -> Value:
 def attention(op: Op) -> Value:
     query, key, value, mask = op.value("query"), op.value("key"), op.value("value"), op.maybe("attn_mask")
     given = [query, key, value, *([] if mask is None else [mask])]
+    if any(op.value(name).kind is Kind.POSITION for name in ("scale", "dropout_p") if name in op.names):
+        raise MixesError("it makes a number of the length")
     if any(has_tokens(v.axes[-1]) for v in (query, key, value)):
         raise UnknownError("attention between features, summed over tokens")
     if any(v.kind in (Kind.RANK, Kind.POSITION) for v in given):

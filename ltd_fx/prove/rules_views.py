@@ -81,7 +81,7 @@ def expand(op: Op) -> Value:
         before: Axis = value.axes[d] if len(value.axes) >= -d else ()
         if size_of(before) == size:
             axes.append(before)
-        elif has_tokens(before):
+        elif has_tokens(before) or (before and has_tokens(op.axis(size))):
             raise UnknownError("tokens are repeated")
         else:
             axes.append(op.axis(size))
@@ -94,7 +94,10 @@ def repeat_interleave(op: Op) -> Value:
     if dim is None or has_tokens(value.axes[int(dim) % len(value.axes)]):
         raise UnknownError("tokens are repeated")
     d = int(dim) % len(value.axes)
-    return value.with_axes(op.axis(op.out.shape[i]) if i == d else axis for i, axis in enumerate(value.axes))
+    repeated = op.axis(op.out.shape[d])
+    if value.axes[d] and has_tokens(repeated):
+        raise UnknownError("tokens are repeated")
+    return value.with_axes(_replaced(value.axes, d, repeated))
 
 
 # ---- parts
@@ -106,7 +109,7 @@ def select(op: Op) -> Value:
     d = op.dim("dim", len(value.axes))
     if not has_tokens(value.axes[d]) or not 0 <= op["index"] < value.axes[d][0].lead:
         _refuse_part(value, value.axes[d])
-    return join([value], (*value.axes[:d], *value.axes[d + 1 :]))
+    return join([value], (*value.axes[:d], *value.axes[d + 1 :]), linear=True)
 
 
 @rule("slice narrow")
@@ -135,7 +138,7 @@ def split(op: Op) -> list[Value]:
     d = op.dim("dim", len(value.axes))
     if op.name == "unbind":
         _refuse_part(value, value.axes[d])
-        return [join([value], (*value.axes[:d], *value.axes[d + 1 :]))] * len(op.out)
+        return [join([value], (*value.axes[:d], *value.axes[d + 1 :]), linear=True)] * len(op.out)
     start, parts = sympy.Integer(0), []
     for made in op.out:
         size = size_expr(made.shape[d])
@@ -160,8 +163,9 @@ def _part_of(value: Value, axis: Axis, start: Any, size: Any) -> Axis:
             return () if size == 1 else (Factor(size, False),)
         if size.is_Integer and after.is_Integer and after + size <= factor.tail:
             return () if size == 1 else (Factor(size, False),)
-        if start.is_Integer and start <= factor.lead and after.is_Integer and 0 <= after <= factor.tail:
-            return (Factor(size, True, factor.lead - int(start), factor.tail - int(after)),)
+    plain = len(axis) == 1 and value.kind in (Kind.ROW, Kind.WEIGHTS) and start.is_Integer and after.is_Integer
+    if plain and start <= factor.lead and 0 <= after <= factor.tail:
+        return (Factor(size, True, factor.lead - int(start), factor.tail - int(after)),)
     _refuse_part(value, axis)
     raise AssertionError
 
@@ -232,6 +236,8 @@ def pad(op: Op) -> Value:
 @rule("embedding")
 def embedding(op: Op) -> Value:
     indices, weight = op.value("indices"), op.value("weight")
+    if has_any_tokens(weight) or weight.kind is not Kind.FIXED:
+        raise UnknownError("tokens are taken by index")
     kind = Kind.POSITION if indices.kind is Kind.RANK else indices.kind
     return replace(indices, kind=kind, axes=(*indices.axes, weight.axes[-1]), offset=None)
 
@@ -261,20 +267,16 @@ def _look_up(value: Value, places: Sequence[tuple[int, Value]]) -> Value:
     return joined.with_axes((*value.axes[:first], *broadcast(indices), *value.axes[first + count :]))
 
 
-@rule("gather take_along_dim")
+@rule("gather take_along_dim scatter scatter_add scatter_reduce")
 def gather(op: Op) -> Value:
-    value, index = op.value("self"), op.value("index")
-    if has_tokens(value.axes[op.dim("dim", len(value.axes))]):
-        raise UnknownError("tokens are taken by index")
-    return join([value, index], index.axes)
-
-
-@rule("scatter scatter_add scatter_reduce")
-def scatter(op: Op) -> Value:
-    value = op.value("self")
-    if has_tokens(value.axes[op.dim("dim", len(value.axes))]):
-        raise UnknownError("tokens are written by index")
-    return join(op.operands(), value.axes)
+    """Along features, each token's own: the index, and what is written, must lie with the tokens as the tensor does."""
+    given = [value for value in op.operands() if value.axes]
+    value, index = op.value("self"), op.value("index" if "index" in op.names else "indices")
+    d, writes = op.dim("dim", len(value.axes)), op.name.startswith("scatter")
+    rest = {tuple(axis for i, axis in enumerate(each.axes) if i != d) for each in given}
+    if len(rest) > 1 or any(has_tokens(each.axes[d]) for each in given if writes or each is value):
+        raise UnknownError("tokens are taken or written by index")
+    return join(op.operands(), value.axes if writes else index.axes)
 
 
 @rule("one_hot")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ltd_fx.learn import Call, LayerPattern, Sandbox
+from ltd_fx.learn import Call, LayerPattern, Sandbox, leaves_hooks_out
 from ltd_fx.prove import rules, rules_sums, rules_views  # noqa: F401 (they register the rules)
 from ltd_fx.prove.flow import Flow
 from ltd_fx.prove.trace import trace
@@ -29,6 +29,8 @@ def judge(
     Returns:
         Where it is shown wrong, the reason and the operator; where it is neither shown wrong nor right, why.
     """
+    if leaves_hooks_out(layer):
+        return Verdict(unknown="it has forward hooks, which are not called while it is learnt")
     try:
         traced = trace(layer, pattern, call, sandbox, shared=shared, protected=protected)
     except Exception as error:

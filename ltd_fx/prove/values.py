@@ -108,10 +108,15 @@ def broadcast(values: Sequence[Value]) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def join(values: Sequence[Value], axes: tuple[Axis, ...]) -> Value:
-    """What is computed from ``values``, an entry from one entry of each."""
+def join(values: Sequence[Value], axes: tuple[Axis, ...], *, linear: bool = False) -> Value:
+    """What is computed from ``values``, an entry from one entry of each.
+
+    Attention weights must be used ``linear``-ly: what is zero for a token that is not there stays zero.
+    """
     kinds, hidden = {value.kind for value in values}, any(value.hidden for value in values)
     if Kind.WEIGHTS in kinds:
+        if not linear or Kind.STATE in kinds:
+            raise UnknownError("attention weights are changed")
         if hidden and kinds & {Kind.RANK, Kind.POSITION}:
             raise MixesError("it counts positions among the tokens that are there")
         weights = [value for value in values if value.kind is Kind.WEIGHTS]
@@ -133,6 +138,11 @@ def join(values: Sequence[Value], axes: tuple[Axis, ...]) -> Value:
 
 def has_any_tokens(value: Value) -> bool:
     return bool(value.token_axes())
+
+
+def token_factors(value: Value) -> list[Factor]:
+    """The parts of axes that carry tokens: one where an entry is of a token, two where it is of a pair."""
+    return [factor for axis in value.axes for factor in axis if factor.tokens]
 
 
 def regroup(value: Value, sizes: Sequence[Any]) -> Value:

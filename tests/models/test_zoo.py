@@ -4,9 +4,12 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from zoo import ENTRIES
 from zoo.entry import Entry
 from zoo.table import examine
+
+import ltd_fx
 
 SAMPLE = {
     "Qwen2VLTextModel",
@@ -46,3 +49,13 @@ def test_right_or_refused(entry: Entry) -> None:
     else:
         assert row.error is None
         assert re.search(entry.refused, row.reason)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM"])
+def test_experts_in_bfloat16_are_routed(name: str) -> None:
+    """They sort the tokens by expert and put each one's result back, in other operators than in float32."""
+    pytest.importorskip("transformers")
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    model, inputs = entry.build().to(torch.bfloat16).train(), entry.inputs()
+    ltd_fx.transform(model, layers=entry.layers, example_inputs=inputs)
+    assert "tested" in str(ltd_fx.summary(model))

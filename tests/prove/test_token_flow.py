@@ -1,7 +1,7 @@
 """Token flow: layers in which tokens meet in attention only are proven, all others are refused, or not known."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +47,17 @@ class Layer(nn.Module):
         weights = F.dropout(scores.float().softmax(-1).to(q.dtype), 0.1, self.training)
         return self.o((weights @ v).transpose(1, 2).reshape(y.shape))
 
+    def attend_to(self, x: Tensor, others: Tensor) -> Tensor:
+        """Causal attention to another sequence, before the tokens."""
+        keys = torch.cat([others, x], 1)
+        later = places(x)[:, None] >= places(keys)
+        return F.scaled_dot_product_attention(self.q(x), self.k(keys), keys, attn_mask=later)
+
+    def heads(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Attention weights of two heads, mixed into others."""
+        q, k = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k))
+        return ((q @ k.mT).softmax(-1).permute(0, 2, 3, 1) @ mixed.mT).permute(0, 3, 1, 2)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x + self.attend(self.norm(x), mask) + self.extra(self, x)
 
@@ -67,6 +78,20 @@ def distance(x: Tensor) -> Tensor:
 
 def square(x: Tensor) -> Tensor:
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+
+
+def stable(scores: Tensor) -> Tensor:
+    """Softmax by hand."""
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def somebodys_operator() -> Iterator[None]:
+    with torch.library._scoped_library("ltd_fx_flow", "FRAGMENT") as library:
+        library.define("conv1d(Tensor input) -> Tensor")
+        library.impl("conv1d", lambda x: x.roll(1, 1), "CompositeExplicitAutograd")
+        yield
 
 
 def mixture(layer: Any, x: Tensor) -> Tensor:
@@ -93,6 +118,11 @@ RIGHT: dict[str, Callable[[Any, Tensor], Any]] = {
     "mixture of experts": mixture,
     "features joined": lambda m, x: torch.cat([x[..., 8:], x[..., :8]], -1),
     "a count of its own": lambda m, x: m.calls.add_(1) is None or 0,
+    "on the side": lambda m, x: 0 * int((m.gate(x).mean(1) * x.sum(1)).ndim),
+    "weights without a sink": lambda m, x: (
+        torch.cat([m.q(x) @ m.k(x).mT, m.gate(x)[..., :1]], -1).softmax(-1)[..., :-1] @ x
+    ),
+    "heads of weights mixed": lambda m, x: (m.heads(x, x.new_ones(3, 2)) @ x[:, None]).sum(1),
     "features in turn": lambda m, x: x.roll(1, -1).cumsum(-1),
 }
 
@@ -135,6 +165,8 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "linear bias": (lambda m, x: m.attend(x, -distance(x).abs().float()), "positions.*scaled_dot_product"),
     "rotary": (lambda m, x: x * (places(x)[:, None] / torch.ones(DIM)).cos(), "positions among.*: mul"),
     "a table's rows": (lambda m, x: F.embedding(places(x), m.table) + x, "positions among.*: add"),
+    "filled with the length": (lambda m, x: x * torch.full_like(x, x.shape[1]), "positions among.*: mul"),
+    "norm by the length": (lambda m, x: F.layer_norm(x, (DIM,), x.new_full((DIM,), 1 / x.shape[1])), "positions among"),
     "divided by the length": (lambda m, x: x / x.shape[1], "a number of the length: div"),
     "another way when long": (lambda m, x: x if x.shape[1] > 16 else 2 * x, "only where tokens > 16"),
     "a table so long": (lambda m, x: m.table[: x.shape[1]], "positions among.*: add"),
@@ -152,6 +184,17 @@ def test_what_else_tokens_do_is_refused(name: str) -> None:
 
 
 UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a softmax of weights": lambda m, x: m.heads(x, x.new_ones(3, 2)).sum(1).softmax(-1) @ x,
+    "weights and a bias": lambda m, x: ((m.q(x) @ m.k(x).mT).softmax(-1) + 0.1) @ x,
+    "by hand, shifted": lambda m, x: stable(m.q(x) @ m.k(x).mT) @ x,
+    "experts sort": lambda m, x: x.gather(1, x[..., :1].argsort(1).expand_as(x)),
+    "sums by expert": lambda m, x: x.new_zeros(2, 4, DIM).scatter_add(1, (x > 0).long(), x)[:, :1],
+    "rows of other tokens": lambda m, x: F.embedding(x.new_zeros(1, x.shape[1], dtype=torch.long), x[0]),
+    "sizes by the length": lambda m, x: m.table[:2].repeat(x.shape[1] // 2, 1),
+    "a state of hidden states": lambda m, x: x - m.calls.lerp_(x.mean(), 0.1),
+    "an operator of somebody's": lambda m, x: torch.ops.ltd_fx_flow.conv1d(x),
+    "places of another sequence": lambda m, x: m.attend_to(x, m.table[:6].expand(x.shape[0], -1, -1)),
+    "scaled by the length": lambda m, x: F.scaled_dot_product_attention(x, x, x, scale=1 / x.shape[1]),
     "a number of it": lambda m, x: x * float(x.shape[1]),
     "a square table": lambda m, x: m.attend(x, (m.table @ m.table.mT)[: x.shape[1], : x.shape[1]] > 0),
     "padded and cut": lambda m, x: F.pad(x, (0, 0, 1, 0)),
@@ -160,6 +203,13 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
     "values decide": lambda m, x: x if x.sum() > 0 else -x,
     "the batch as the sequence": lambda m, x: x.reshape(x.shape[1], x.shape[0], DIM).transpose(0, 1),
 }
+
+
+def test_a_forward_hook_within_a_layer_is_not_proven() -> None:
+    layer, x = Layer(), torch.randn(2, TOKENS, DIM)
+    layer.norm.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    verdict = judge(layer, PATTERN, Call("it", (x,), {}, None), Sandbox(layer))
+    assert "forward hooks" in verdict.unknown
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
