@@ -12,3 +12,4 @@ from ltd_fx.learn.observe import Call, describe, is_stream, observe, observe_val
 from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe, is_registered, register_pattern
 from ltd_fx.learn.probe import Probe, batch_probes, by_name, length_probes, stream
 from ltd_fx.learn.sandbox import Sandbox, leaves_hooks_out, tensors_in
+from ltd_fx.learn.symbolic import SymbolicCalls, boundary_probe

@@ -1,8 +1,10 @@
 """From example inputs to proven patterns: probe, infer, prove."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,9 @@ from ltd_fx.learn import (
     Probe,
     Proof,
     Sandbox,
+    SymbolicCalls,
     batch_probes,
+    boundary_probe,
     by_name,
     describe,
     infer_pattern,
@@ -36,6 +40,9 @@ from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
 
+# Where the length is fixed, a table may have so many rows more or fewer than there are tokens (class and register
+# tokens); whether it follows the tokens is for the proof to tell.
+_NEAR = sorted(range(-8, 9), key=abs)
 # Enough to tell any two ways of routing apart.
 _TOKENS, _SEQUENCES = 12, 2
 
@@ -122,12 +129,38 @@ class Examination:
         return by_name(self._observe(inputs))
 
     def _probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
+        """Of other lengths and batch sizes: the forward at symbolic sizes, where the model runs on them."""
+        if self._symbolic is None:
+            return self._resized(seq_dim)
+        return self._symbolic.probes(seq_dim), self._symbolic.probes(1 - seq_dim)
+
+    @cached_property
+    def _symbolic(self) -> SymbolicCalls | None:
+        inputs = describe(*self._inputs)
+        how = partial(SymbolicCalls, self._model, self._slots, inputs, sandbox=self._sandbox, kinds=self._kinds)
+        try:
+            return how(training=self.training) if self._fake else None
+        except LTDError:
+            return None
+
+    def _resized(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
         if seq_dim not in self._probed:
             inputs = describe(*self._inputs) if self._fake else self._inputs
             lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
             batches = batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
             self._probed[seq_dim] = lengths, batches
         return self._probed[seq_dim]
+
+    def _ways(self, layer: CallSite, seq_dim: int) -> Iterator[tuple[list[Probe], list[Probe]]]:
+        """Probes to learn a layer by, the most exact first."""
+        if self._symbolic is not None:
+            lengths, batches = self._probes(seq_dim)
+            if isinstance(self._symbolic.size(layer.name, seq_dim), int):  # The model has one length.
+                with suppress(LTDError):
+                    slot, call = self._slots[layer.name], self.first_calls[layer.name]
+                    yield [boundary_probe(slot, call, sandbox=self._sandbox)], batches
+            yield lengths, batches
+        yield self._resized(seq_dim)
 
     def _has_table(self, layer: CallSite, seq_dim: int) -> bool:
         """Whether the layer has a buffer that could be sliced to its length."""
@@ -244,10 +277,9 @@ class Examination:
         failure = ""
         module, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
         for seq_dim in (1, 0):
-            lengths, batches = self._probes(seq_dim)
-            ways: list[Probe | None] = [*batches] or [None]
-            for batch in ways:
-                for near in (False,) if lengths else (False, True):
+            for lengths, batches in self._ways(layer, seq_dim):
+                ways: list[Probe | None] = [*batches] or [None]
+                for batch, near in itertools.product(ways, _NEAR):
                     try:
                         pattern = infer_pattern(layer.name, type(module), call, lengths, batch, seq_dim, near=near)
                     except LTDError as error:
