@@ -16,7 +16,7 @@ from ltd_fx.learn.observe import Call, is_stream
 from ltd_fx.learn.probe import Probe
 from ltd_fx.learn.sizes import SizeReader
 from ltd_fx.runtime import Aligned, Draw, gather_argument
-from ltd_fx.tree import items_of, leaves
+from ltd_fx.tree import item_of, items_of, leaves
 
 _POSITIONS = ("positions", "position_ids")
 
@@ -68,7 +68,8 @@ def infer_pattern(
         across = [arguments.get(argument) for arguments in others]
         if any(leaf is not None for leaf in leaves(value)):
             aligned[argument] = reader.entry(argument, value, across, rebatched.get(argument) if rebatched else None)
-    slot, returned, dropped = _outputs(base, hidden, call, [c.output for c in moved], reader)
+    outputs = [(arguments[hidden].shape, c.output) for arguments, c in zip(others, moved, strict=True)]
+    slot, returned, dropped = _outputs(base, hidden, call, outputs, reader)
     return LayerPattern(hidden, aligned, seq_dim == 1, slot, returned, dropped, cache)
 
 
@@ -121,7 +122,7 @@ def _find_hidden(name: str, arguments: Mapping[str, Any], output: Any) -> str:
 
 
 def _outputs(
-    arguments: Mapping[str, Any], hidden: str, call: Call, moved: list[Any], reader: SizeReader
+    arguments: Mapping[str, Any], hidden: str, call: Call, moved: list[tuple[Any, Any]], reader: SizeReader
 ) -> tuple[int | None, dict[int, str | None], tuple[int, ...]]:
     """The slot of the hidden states, what is in the other slots that hold tensors, and which of them to drop."""
     items = items_of(call.output)
@@ -130,6 +131,7 @@ def _outputs(
     shape = arguments[hidden].shape
     given = {id(value) for value in arguments.values()}
     slots = [i for i, t in enumerate(items) if isinstance(t, Tensor) and t.shape == shape and id(t) not in given]
+    slots = [i for i in slots if all(getattr(item_of(output, i), "shape", size) == size for size, output in moved)]
     if len(slots) > 1:
         raise LTDError(
             f"ltd_fx: {call.name}: slots {slots} of its output are all as large as the hidden states; say which "
@@ -142,10 +144,9 @@ def _outputs(
         if i == slot or not isinstance(item, Tensor):
             continue
         source = next((name for name, value in arguments.items() if value is item), None)
-        others = [items_of(output) for output in moved]
         if source is not None:
             returned[i] = source
-        elif all(o is not None and i < len(o) and not reader.moves(item, o[i]) for o in others) and (
+        elif all(not reader.moves(item, item_of(output, i)) for _, output in moved) and (
             moved or shape[1] not in item.shape
         ):
             returned[i] = None

@@ -9,7 +9,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.learn.layer_pattern import Align
 from ltd_fx.learn.observe import TensorSpec
 from ltd_fx.runtime import Aligned
-from ltd_fx.tree import items_of, leaves
+from ltd_fx.tree import item_of, items_of, leaves
 
 
 class SizeReader:
@@ -35,7 +35,7 @@ class SizeReader:
         items = items_of(value)
         if items is not None:
             entries = [
-                self.entry(argument, item, [_item(other, i) for other in across], _item(rebatched, i))
+                self.entry(argument, item, [item_of(other, i) for other in across], item_of(rebatched, i))
                 for i, item in enumerate(items)
             ]
             tensors = [e for e, item in zip(entries, items, strict=True) if any(map(_follows, leaves(item)))]
@@ -123,11 +123,6 @@ def _symbols(size: Any) -> set[Any]:
 
 def _is_sized(value: Any) -> bool:
     return isinstance(value, (Tensor, TensorSpec))
-
-
-def _item(value: Any, i: int) -> Any:
-    items = items_of(value)
-    return items[i] if items is not None and i < len(items) else None
 
 
 def _follows(value: Any) -> bool:

@@ -62,8 +62,8 @@ class SymbolicCalls:
         self.calls = {name: sizes.described(call) for name, call in first.items()}
 
     def size(self, name: str, dim: int) -> Any:
-        """Of a layer's hidden states along ``dim``: an expression, or a number where the model has only that one."""
-        return self._streams[name][dim]
+        """Of a layer's hidden states along ``dim``: an expression, or a number where the model has one size."""
+        return self._streams[name][dim] if self._streams[name] else 0
 
     def probes(self, dim: int) -> list[Probe]:
         """The forward as a probe along ``dim`` of the hidden states, for each size that is a symbol there."""
@@ -96,9 +96,8 @@ def boundary_probe(slot: nn.Module, call: Call, *, sandbox: Sandbox) -> Probe:
         made: list[Any] = []
         run_model(lambda *a, **k: made.append(slot(*a, **k)), args, kwargs, failing="does not run on symbolic sizes")
     called = Call(call.name, args, kwargs, made[0])
-    hidden = stream(called)
-    assert hidden is not None
-    return Probe(Edit(0, {}), {call.name: _Sizes(mode, [hidden]).described(called)})
+    hidden = [s for s in [stream(called)] if s is not None]
+    return Probe(Edit(0, {}), {call.name: _Sizes(mode, hidden).described(called)})
 
 
 def _leaves(inputs: Any) -> list[Any]:

@@ -71,6 +71,7 @@ class Examination:
         self.first_calls = by_name(self.calls)
         self._samples = self._pick(layers)
         self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
+        self._boundaries: dict[str, Probe] = {}
         self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
 
     def _observe(self, inputs: Any) -> list[Call]:
@@ -143,6 +144,11 @@ class Examination:
         except LTDError:
             return None
 
+    def _boundary(self, name: str) -> Probe:
+        if name not in self._boundaries:
+            self._boundaries[name] = boundary_probe(self._slots[name], self.first_calls[name], sandbox=self._sandbox)
+        return self._boundaries[name]
+
     def _resized(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
         if seq_dim not in self._probed:
             inputs = describe(*self._inputs) if self._fake else self._inputs
@@ -157,9 +163,9 @@ class Examination:
             lengths, batches = self._probes(seq_dim)
             if isinstance(self._symbolic.size(layer.name, seq_dim), int):  # The model has one length.
                 with suppress(LTDError):
-                    slot, call = self._slots[layer.name], self.first_calls[layer.name]
-                    yield [boundary_probe(slot, call, sandbox=self._sandbox)], batches
-            yield lengths, batches
+                    yield [self._boundary(layer.name)], batches
+            else:
+                yield lengths, batches
         yield self._resized(seq_dim)
 
     def _has_table(self, layer: CallSite, seq_dim: int) -> bool:
