@@ -1,10 +1,8 @@
 """From example inputs to proven patterns: probe, infer, prove."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,35 +12,25 @@ from ltd_fx.learn import (
     Call,
     CallSite,
     LayerPattern,
-    Probe,
+    Learner,
     Proof,
     Sandbox,
-    SymbolicCalls,
-    batch_probes,
-    boundary_probe,
     by_name,
     describe,
-    infer_pattern,
     is_registered,
     layer_in,
-    length_probes,
     likeness,
     observe,
     observe_values,
-    per_head,
     shapes,
     stream,
     structure,
-    with_positions,
 )
 from ltd_fx.prove.proof import prove
 from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
 
-# Where the length is fixed, a table may have so many rows more or fewer than there are tokens (class and register
-# tokens); whether it follows the tokens is for the proof to tell.
-_NEAR = sorted(range(-8, 9), key=abs)
 # Enough to tell any two ways of routing apart.
 _TOKENS, _SEQUENCES = 12, 2
 
@@ -70,8 +58,8 @@ class Examination:
         self._see_training()
         self.first_calls = by_name(self.calls)
         self._samples = self._pick(layers)
-        self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
-        self._boundaries: dict[str, Probe] = {}
+        learner = partial(Learner, model, slots, inputs, self.first_calls, sandbox=self._sandbox, kinds=self._kinds)
+        self._learner = learner(training=self.training, fake=self._fake)
         self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
 
     def _observe(self, inputs: Any) -> list[Call]:
@@ -126,48 +114,6 @@ class Examination:
                 samples[layer.name] = same[-1]
         return samples
 
-    def _forward(self, inputs: Any) -> Mapping[str, Call]:
-        return by_name(self._observe(inputs))
-
-    def _probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
-        """Of other lengths and batch sizes: the forward at symbolic sizes, where the model runs on them."""
-        if self._symbolic is None:
-            return self._resized(seq_dim)
-        return self._symbolic.probes(seq_dim), self._symbolic.probes(1 - seq_dim)
-
-    @cached_property
-    def _symbolic(self) -> SymbolicCalls | None:
-        inputs = describe(*self._inputs)
-        how = partial(SymbolicCalls, self._model, self._slots, inputs, sandbox=self._sandbox, kinds=self._kinds)
-        try:
-            return how(training=self.training) if self._fake else None
-        except LTDError:
-            return None
-
-    def _boundary(self, name: str) -> Probe:
-        if name not in self._boundaries:
-            self._boundaries[name] = boundary_probe(self._slots[name], self.first_calls[name], sandbox=self._sandbox)
-        return self._boundaries[name]
-
-    def _resized(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
-        if seq_dim not in self._probed:
-            inputs = describe(*self._inputs) if self._fake else self._inputs
-            lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
-            batches = batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
-            self._probed[seq_dim] = lengths, batches
-        return self._probed[seq_dim]
-
-    def _ways(self, layer: CallSite, seq_dim: int) -> Iterator[tuple[list[Probe], list[Probe]]]:
-        """Probes to learn a layer by, the most exact first."""
-        if self._symbolic is not None:
-            lengths, batches = self._probes(seq_dim)
-            if isinstance(self._symbolic.size(layer.name, seq_dim), int):  # The model has one length.
-                with suppress(LTDError):
-                    yield [self._boundary(layer.name)], batches
-            else:
-                yield lengths, batches
-        yield self._resized(seq_dim)
-
     def _has_table(self, layer: CallSite, seq_dim: int) -> bool:
         """Whether the layer has a buffer that could be sliced to its length."""
         hidden = stream(self.first_calls[layer.name])
@@ -182,7 +128,7 @@ class Examination:
         return self._values[key][layer.name]
 
     def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
-        lengths, batches = self._probes(seq_dim)
+        lengths, batches = self._learner.probes(seq_dim)
         small = self._inputs
         most_tokens = [(p, tokens) for p in lengths if tokens is not None]
         for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
@@ -263,7 +209,7 @@ class Examination:
                 f"{what}, {proof.status}: {proof.reason}{size}; leave it out with transform(..., layers=...), or "
                 "register a LayerPattern for its class"
             )
-        return replace(layer, pattern=pattern, proof=proof)
+        return replace(layer, pattern=pattern, proof=replace(proof, learnt=self._learner.way(layer.name, pattern)))
 
     def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:
         """What token flow says of the layer as it is called at full length."""
@@ -274,27 +220,15 @@ class Examination:
 
     def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
         """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""
-        seen: list[LayerPattern] = []
+        module = layer_in(self._slots[layer.name])
         if layer.pattern is not None:
             yield layer.pattern
-            if is_registered(layer_in(self._slots[layer.name])):
+            if is_registered(module):
                 return
-            seen.append(layer.pattern)
-        failure = ""
-        module, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
-        for seq_dim in (1, 0):
-            for lengths, batches in self._ways(layer, seq_dim):
-                ways: list[Probe | None] = [*batches] or [None]
-                for batch, near in itertools.product(ways, _NEAR):
-                    try:
-                        pattern = infer_pattern(layer.name, type(module), call, lengths, batch, seq_dim, near=near)
-                    except LTDError as error:
-                        failure = failure or str(error)
-                        continue
-                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(module))):
-                        if hypothesis not in seen:
-                            seen.append(hypothesis)
-                            yield hypothesis
-        # The usual layout could not even be inferred: the user is told that, not what became of the other one.
-        if failure and not any(pattern.batch_first for pattern in seen):
-            raise LTDError(failure)
+        try:
+            for hypothesis in self._learner.hypotheses(layer.name, type(module)):
+                if hypothesis != layer.pattern:
+                    yield hypothesis
+        except LTDError:
+            if layer.pattern is None:  # Else the user is told what is wrong with the one that is known.
+                raise
