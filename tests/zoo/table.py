@@ -25,8 +25,8 @@ largest difference of the kept rows relative to the largest value (`ltd_fx.verif
 *Proven*: that, and by token flow, from the layer's operations; where only tested, the reason is why not proven.
 *Refused*: `transform` raises `LTDError` with this reason, and the model is untouched.
 
-*Learnt*: what told which of a layer's sizes follow the tokens: one forward at symbolic sizes; or, of a model that runs at
-one length only, the layer's own forward at symbolic sizes or a guess; or forwards at other sizes, of a model that does
+*Learnt*: what told which of a layer's sizes follow the tokens: one forward at symbolic sizes; or, of a model that runs
+at one length only, the layer's own forward at symbolic sizes or a guess; or forwards at other sizes, where it does
 not run on symbols.
 
 Made by `python -m zoo.table ../docs/models.md` in `tests/`.
