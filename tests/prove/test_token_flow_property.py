@@ -60,9 +60,7 @@ def test_a_layer_of_what_is_right_is_right(name: str) -> None:
     assert error_of(layer_of([Step(name, 0, 0, 0)] * 2)) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "name", ["sum", "cumulative sum", "roll", "convolve", "last", "batch norm", "rows of a table"]
-)
+@pytest.mark.parametrize("name", ["sum", "cumulative sum", "roll", "convolve", "last", "batch norm", "rows of a table"])
 def test_a_layer_of_what_is_wrong_is_wrong(name: str) -> None:
     """The reference itself: rows differ with fewer tokens."""
     assert error_of(layer_of([Step(name, 0, 0, 0)])) > 1e-3
