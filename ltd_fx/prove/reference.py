@@ -20,6 +20,20 @@ _FACTORIES = {
     for name in ("arange", "ones", "zeros", "full", "empty", "tril_indices", "linspace")
     for overload in (getattr(getattr(torch.ops.aten, name), o) for o in getattr(torch.ops.aten, name).overloads())
 }
+# Dropout divides by what it draws with, so this much of each entry leaves it as it is.
+_RANDOM: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.bernoulli_.float: lambda mask, p=0.5: mask.fill_(p),
+    torch.ops.aten.bernoulli_.Tensor: lambda mask, p: mask.copy_(p),
+    torch.ops.aten.bernoulli.p: lambda mask, p=0.5: torch.full_like(mask, p),
+    torch.ops.aten.bernoulli.default: lambda p: p.clone(),
+    torch.ops.aten.native_dropout.default: lambda x, p, train: (x.clone(), torch.ones_like(x, dtype=torch.bool)),
+    torch.ops.aten.uniform_.default: lambda x, low=0.0, high=1.0: x.fill_((low + high) / 2),
+    torch.ops.aten.normal_.default: lambda x, mean=0.0, std=1.0: x.fill_(mean),
+}
+_RANDOM_TENSORS = {
+    getattr(torch.ops.aten, name).default: value
+    for name, value in {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}.items()
+}
 _MAX_SOFTMAXES = 16
 # Masks add the lowest number of some dtype; no score is as low.
 _MASKED = -1e4
@@ -67,6 +81,8 @@ def _attention(
 class Scores(TorchDispatchMode):
     """Blocks scores in the first softmaxes of a layer, and keeps those of the next one, ``[..., queries, keys]``.
 
+    What training leaves to chance is left out, so that dropout drops nothing, whatever it is called.
+
     Casts from float64 to float32 (in norms, rotary embeddings and softmaxes) are left out, so that a difference is not
     taken for rounding, nor rounding for a difference.
     """
@@ -83,6 +99,10 @@ class Scores(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is TO_COPY and args[0].dtype == torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")}
+        if func in _RANDOM:
+            return _RANDOM[func](*args)
+        if func in _RANDOM_TENSORS:
+            return func(*args, **kwargs).fill_(_RANDOM_TENSORS[func])
         if func not in SOFTMAXES:
             result = func(*args, **kwargs)
             if func in _FACTORIES:
