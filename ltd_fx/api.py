@@ -17,9 +17,9 @@ from ltd_fx.install import (
     VerifyReport,
     attach,
     choose,
+    complete,
     find_rewrite,
     find_rewrite_maybe,
-    install,
     uninstall,
 )
 from ltd_fx.learn import CallSite, Layers, Proof, Sandbox, find_stacks, observe_values, split_inputs
@@ -219,8 +219,7 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
     """
     root, rewrite = find_rewrite(model)
     inputs = split_inputs(example_inputs)
-    if rewrite.pending:
-        install(root, rewrite, inputs)
+    complete(root, rewrite, inputs)
     sandbox, slots = Sandbox(root), {site.name: site.layer for site in rewrite.sites}
     calls = observe_values(root, slots, inputs, sandbox=sandbox, training=rewrite.training)
     proofs = [
