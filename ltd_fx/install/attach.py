@@ -81,7 +81,7 @@ def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     """
     if rewrite.pending and not rewrite.sites:
         install(model, rewrite, inputs)
-    elif rewrite.untested:
+    elif rewrite.untested and _obstacle(model, inputs) is None:
         test_installed(model, rewrite, inputs)
 
 
@@ -113,26 +113,41 @@ def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _test_by(root: nn.Module, inputs: Any) -> None:
     rewrite = root.__dict__[REWRITE]
-    given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    obstacle = _obstacle(root, inputs)
+    if obstacle is None:
+        if form_of(inputs) not in rewrite.forms:
+            test_installed(root, rewrite, inputs)
+    elif obstacle and not rewrite.warned:
+        rewrite.warned = True
+        warnings.warn(_UNTESTED.format(obstacle), stacklevel=2)
+
+
+def _obstacle(root: nn.Module, inputs: Any) -> str | None:
+    """Why a forward cannot be watched and repeated on numbers; empty where that is no loss, for another can."""
+    leaves = pytree.tree_leaves(inputs)
+    if any(hasattr(leaf, "get_seq_length") for leaf in leaves):
+        return ""  # a key-value cache, which watching would fill
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     tensors = [*given, *root.parameters(), *root.buffers()]
-    if any(is_fake(t) or t.device.type == "meta" for t in tensors):
-        return  # Nobody trains on tensors without data; a later forward has some.
+    if any(is_fake(tensor) or tensor.device.type == "meta" for tensor in tensors):
+        return ""  # nobody trains on tensors without data
     if any(map(is_functorch_wrapped_tensor, tensors)):
-        if not rewrite.warned:
-            rewrite.warned = True
-            warnings.warn(_UNTESTED.format("of torch.func"), stacklevel=2)
-    elif form_of(inputs) not in rewrite.forms:
-        test_installed(root, rewrite, inputs)
+        return "within a transformation of torch.func"
+    if any(type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) for tensor in given):
+        return "on tensors of a class of their own (distributed ones)"
+    if any(type(t) not in (torch.Tensor, nn.Parameter, nn.Buffer) or t.numel() == 0 for t in root.parameters()):
+        return "while parameters are sharded, or of a class of their own (quantized ones)"
+    return None
 
 
 _UNTESTED = (
-    "ltd_fx: layers are routed by built-in patterns that are not tested, which cannot be done within a transformation "
-    "{}; pass example_inputs to ltd_fx.transform"
+    "ltd_fx: layers are routed by their built-in patterns, and it is not tested that these are right, which cannot be "
+    "done {}; pass example_inputs to ltd_fx.transform, before anything else is done to the model"
 )
 
 
 def _warn_compiled(context: Any) -> None:
-    warnings.warn(_UNTESTED.format("by torch.compile of a larger program"), stacklevel=2)
+    warnings.warn(_UNTESTED.format("within torch.compile of a larger program"), stacklevel=2)
 
 
 def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

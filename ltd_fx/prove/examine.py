@@ -209,10 +209,9 @@ class Examination:
     def _try(self, layer: CallSite, seq_dim: int, how: Callable[[Call], Proof]) -> Proof:
         """The layer's proof ``how`` it is called with a few tokens, and with more where these may not show it."""
         hidden, tokens = stream(self.first_calls[layer.name]), _TOKENS
-        assert hidden is not None
         proof = how(self._call(layer, seq_dim, tokens))
-        while proof.reason == TOO_FEW and tokens < hidden.shape[seq_dim]:  # The first ones may all be padding.
-            tokens *= 4
+        while proof.reason == TOO_FEW and hidden is not None and tokens < hidden.shape[seq_dim]:
+            tokens *= 4  # The first ones may all be padding.
             proof = how(self._call(layer, seq_dim, tokens))
         if proof.status == "tested" and (proof.counts or self._has_table(layer, seq_dim)):
             return how(self._call(layer, seq_dim, None))  # A window or a table may only show at full length.
