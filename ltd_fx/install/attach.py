@@ -114,10 +114,9 @@ def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 def _test_by(root: nn.Module, inputs: Any) -> None:
     rewrite = root.__dict__[REWRITE]
     obstacle = _obstacle(root, inputs)
-    if obstacle is None:
-        if form_of(inputs) not in rewrite.forms:
-            test_installed(root, rewrite, inputs)
-    elif obstacle and not rewrite.warned:
+    if obstacle is None and form_of(inputs) not in rewrite.forms:
+        obstacle = test_installed(root, rewrite, inputs)
+    if obstacle and not rewrite.warned:
         rewrite.warned = True
         warnings.warn(_UNTESTED.format(obstacle), stacklevel=2)
 
@@ -133,13 +132,14 @@ def _obstacle(root: nn.Module, inputs: Any) -> str | None:
         return ""  # nobody trains on tensors without data
     if any(map(is_functorch_wrapped_tensor, tensors)):
         return "within a transformation of torch.func"
-    if any(type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) for tensor in given):
+    if any(type(tensor) not in _PLAIN for tensor in given):
         return "on tensors of a class of their own (distributed ones)"
-    if any(type(t) not in (torch.Tensor, nn.Parameter, nn.Buffer) or t.numel() == 0 for t in root.parameters()):
+    if any(type(t) not in _PLAIN or t.numel() == 0 for t in root.parameters()):
         return "while parameters are sharded, or of a class of their own (quantized ones)"
     return None
 
 
+_PLAIN = (torch.Tensor, nn.Parameter)
 _UNTESTED = (
     "ltd_fx: layers are routed by their built-in patterns, and it is not tested that these are right, which cannot be "
     "done {}; pass example_inputs to ltd_fx.transform, before anything else is done to the model"

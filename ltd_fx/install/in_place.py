@@ -137,7 +137,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         )
 
 
-def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
+def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | None:
     """Hold the built-in patterns that layers are routed by, without a proof, to a forward that calls these layers.
 
     Layers that it does not call, or on a few tokens only, wait for another.
@@ -147,6 +147,9 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         rewrite: gets the proofs.
         inputs: (args, kwargs) of that forward.
 
+    Returns:
+        Why the forward cannot be watched; ``None`` if it can.
+
     Raises:
         LTDError: a pattern is wrong or nothing can be shown of it; what is installed stays, and the layers untested.
     """
@@ -154,7 +157,11 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         rewrite.places.check(model)
     state, slots = rewrite.state, {site.name: site.layer for site in rewrite.sites}
     with _unrouted(model, rewrite):
-        examination = Examination(model, rewrite.untested, slots, inputs, learn=False)
+        try:
+            examination = Examination(model, rewrite.untested, slots, inputs, learn=False)
+        except LTDError as error:  # It needs hooks that are not called, say. If it fails anyway, the user is told next.
+            rewrite.forms.add(form_of(inputs))
+            return f"where its forward cannot be watched ({str(error).removeprefix('ltd_fx: ')})"
         shown, too_short = examination.divide(rewrite.untested, state.protected)
         shown = examination.accept_all(shown, shared=state.shared, protected=state.protected)
         targets, names = targets_of(shown, slots), {layer.name for layer in shown}
@@ -168,6 +175,7 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         rewrite.forms.add(form_of(inputs))
     if not rewrite.untested:
         _end_pending(model, rewrite)
+    return None
 
 
 @contextmanager

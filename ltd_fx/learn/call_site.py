@@ -77,7 +77,7 @@ class CallSite:
 
     @property
     def status(self) -> str:
-        """Of a routed layer: ``"proven"``, ``"tested"`` or ``"trusted"``; until a forward shows it ``"to be tested"``."""
+        """Of a routed layer: ``"proven"``, ``"tested"``, ``"trusted"`` or, as yet, ``"to be tested"``."""
         if self.proof is None:
             return "trusted" if self.vouched and self.pattern is not None else "to be tested"
         return self.proof.status if self.proof.right else "trusted"
