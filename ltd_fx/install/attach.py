@@ -21,8 +21,15 @@ from ltd_fx.install.in_place import Rewrite, form_of, install, test_installed
 from ltd_fx.learn import CallSite, split_inputs
 from ltd_fx.passes import SCRIPTING, check_calls, refuse_replicas, refuse_scripting
 from ltd_fx.prove import Examination
-from ltd_fx.runtime import RouteState
-from ltd_fx.torch_private import at_compile_time, is_fake, is_functorch_wrapped_tensor, is_replica, pytree
+from ltd_fx.runtime import UNTESTED, RouteState
+from ltd_fx.torch_private import (
+    at_compile_time,
+    is_fake,
+    is_functorch_wrapped_tensor,
+    is_replica,
+    pytree,
+    without_modes,
+)
 
 
 def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
@@ -52,7 +59,7 @@ def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, exam
     if example_inputs is not None or (unknown is None and not chained):
         install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
         if rewrite.untested:
-            rewrite.first_hook = _test
+            state.untested, rewrite.first_hook = True, _test
             rewrite.pending = (add_root_hook(model, _test),)
     else:
         refusing = (add_root_hook(model.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
@@ -115,10 +122,10 @@ def _test_by(root: nn.Module, inputs: Any) -> None:
     rewrite = root.__dict__[REWRITE]
     obstacle = _obstacle(root, inputs)
     if obstacle is None and form_of(inputs) not in rewrite.forms:
-        obstacle = test_installed(root, rewrite, inputs)
-    if obstacle and not rewrite.warned:
-        rewrite.warned = True
-        warnings.warn(_UNTESTED.format(obstacle), stacklevel=2)
+        with without_modes():  # The user's may count what a forward costs.
+            obstacle = test_installed(root, rewrite, inputs)
+    if obstacle:
+        rewrite.state.warn_untested(obstacle)
 
 
 def _obstacle(root: nn.Module, inputs: Any) -> str | None:
@@ -128,8 +135,8 @@ def _obstacle(root: nn.Module, inputs: Any) -> str | None:
         return ""  # a key-value cache, which watching would fill
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     tensors = [*given, *root.parameters(), *root.buffers()]
-    if any(is_fake(tensor) or tensor.device.type == "meta" for tensor in tensors):
-        return ""  # nobody trains on tensors without data
+    if torch.is_inference_mode_enabled() or any(is_fake(t) or t.device.type == "meta" for t in tensors):
+        return ""  # nobody trains there
     if any(map(is_functorch_wrapped_tensor, tensors)):
         return "within a transformation of torch.func"
     if any(type(tensor) not in _PLAIN for tensor in given):
@@ -140,14 +147,10 @@ def _obstacle(root: nn.Module, inputs: Any) -> str | None:
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-_UNTESTED = (
-    "ltd_fx: layers are routed by their built-in patterns, and it is not tested that these are right, which cannot be "
-    "done {}; pass example_inputs to ltd_fx.transform, before anything else is done to the model"
-)
 
 
 def _warn_compiled(context: Any) -> None:
-    warnings.warn(_UNTESTED.format("within torch.compile of a larger program"), stacklevel=2)
+    warnings.warn(UNTESTED.format("within torch.compile of a larger program"), stacklevel=2)
 
 
 def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -36,7 +36,6 @@ class Rewrite:
     # The hooks that wait for the first training forward, while patterns are to be inferred or tested at it.
     pending: tuple[RemovableHandle, ...] = ()
     first_hook: Callable[..., None] | None = None  # The one of the root, which copies of an fx.GraphModule lack.
-    warned: bool = False  # Whether the user was told that patterns cannot be tested.
     # Whether the patterns are of the calls in training mode, where these are others than in eval mode.
     training: bool = False
     places: Places | None = None  # Where the layers are, once installed; an fx.GraphModule has none.
@@ -140,7 +139,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
 def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | None:
     """Hold the built-in patterns that layers are routed by, without a proof, to a forward that calls these layers.
 
-    Layers that it does not call, or on a few tokens only, wait for another.
+    Layers that it does not call, or on a few tokens or little but padding, wait for another.
 
     Args:
         model: the root.
@@ -171,7 +170,7 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | Non
         examination.rehearse(rewrite.sites)
     rewrite.training = rewrite.training or (bool(shown) and examination.training)
     _set_examined(rewrite, shown)
-    if not too_short:
+    if not too_short and all(layer.proof is not None for layer in shown):
         rewrite.forms.add(form_of(inputs))
     if not rewrite.untested:
         _end_pending(model, rewrite)
@@ -205,6 +204,7 @@ def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
     for hook in rewrite.pending:
         hook.remove()
     rewrite.pending = ()
+    rewrite.state.untested = False
     model.__dict__.pop(SCRIPTING, None)
 
 

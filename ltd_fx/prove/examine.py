@@ -226,12 +226,12 @@ class Examination:
                 accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
             else:
                 like = accepted[sample]
-                assert like.proof is not None
-                accepted[layer.name] = replace(layer, pattern=like.pattern, proof=replace(like.proof, name=layer.name))
+                proof = like.proof and replace(like.proof, name=layer.name)
+                accepted[layer.name] = replace(layer, pattern=like.pattern, proof=proof)
         return list(accepted.values())
 
     def accept(self, layer: CallSite, *, shared: bool, protected: int) -> CallSite:
-        """The layer with what :meth:`examine` found; one that may not be routed is refused.
+        """The layer with what :meth:`examine` found, if it found anything; one that may not be routed is refused.
 
         Raises:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
@@ -244,6 +244,8 @@ class Examination:
                 raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
             if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
                 proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
+        if proof.reason == TOO_FEW and not self._learn:
+            return layer
         if proof.status == "wrong" or (proof.status == "not verifiable" and not layer.vouched):
             if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "tested":
                 raise LTDError(
