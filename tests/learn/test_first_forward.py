@@ -2,19 +2,14 @@
 
 import copy
 import io
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEQ, decoder, loss_of
 from torch import Tensor, fx, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils.flop_counter import FlopCounterMode
-from toy import STREAM, Encoder
+from toy import STREAM, Encoder, statuses, warned
 
 import ltd_fx
 from ltd_fx import LayerPattern, LTDError, LTDScheduler
@@ -68,17 +63,6 @@ class Net(nn.Module):
         return x
 
 
-class Towers(nn.Module):
-    """Two stacks, of which a batch may need one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.image = Encoder(4), Encoder(4)
-
-    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:
-        return self.text(text) if image is None else self.text(torch.cat([self.image(image), text], 1))
-
-
 @pytest.fixture
 def build_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[nn.Module], LayerPattern], None]:
     """Put a pattern into the table of those that are built in."""
@@ -98,21 +82,6 @@ def masked() -> tuple[Tensor, Tensor]:
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 9:] = False
     return STREAM, mask
-
-
-def statuses(model: nn.Module) -> list[str]:
-    return [site.status for site in ltd_fx.summary(model).sites if site.routed]
-
-
-@contextmanager
-def warned(*texts: str) -> Iterator[None]:
-    """As many warnings of ours within, each with its text."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    ours = [str(warning.message) for warning in caught if str(warning.message).startswith("ltd_fx")]
-    assert len(ours) == len(texts), ours
-    assert all(text in message for text, message in zip(texts, ours, strict=True)), ours
 
 
 def test_a_right_one_is_proven_at_the_first_training_forward() -> None:
@@ -195,46 +164,6 @@ def test_what_we_raise_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(model) == ["proven"] * 2
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_within_a_larger_compiled_program_it_routes_at_once_and_waits(fullgraph: bool) -> None:
-    model, _ = transformed()
-    run = torch.compile(lambda x: model(x) * 2, fullgraph=fullgraph, backend="aot_eager")
-    with warned("cannot be tested within torch.compile of a larger program; pass example_inputs"):
-        for _ in range(2):
-            run(STREAM)
-    assert [rows.shape[1] for rows in ltd_fx.sampled_indices(model).values()] == [KEEP] * 2
-    assert statuses(model) == ["to be tested"] * 2
-    model(STREAM)
-    run(STREAM)
-    assert statuses(model) == ["proven"] * 2
-
-
-def test_past_the_models_own_call_it_routes_and_waits() -> None:
-    model, _ = transformed()
-    with warned("cannot be tested where the model's forward, or a layer, is called past the model's own call"):
-        for _ in range(2):
-            model.forward(STREAM)
-    assert statuses(model) == ["to be tested"] * 2
-    with warned():
-        model(STREAM)
-    assert statuses(model) == ["proven"] * 2
-
-
-def test_under_torch_func_it_routes_and_waits() -> None:
-    model, _ = transformed()
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters: Any, x: Tensor) -> Tensor:
-        return functional_call(model, parameters, (x[None],)).sum()
-
-    with warned("cannot be tested within a transformation of torch.func"):
-        for _ in range(2):
-            vmap(grad(loss), (None, 0))(parameters, STREAM)
-    assert statuses(model) == ["to be tested"] * 2
-    model(STREAM)
-    assert statuses(model) == ["proven"] * 2
-
-
 def traced() -> fx.GraphModule:
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -268,45 +197,3 @@ def test_a_graph_stays_as_it_was_compiled() -> None:
     model(STREAM)
     assert (model.code, type(model).forward) == (code, forward)
     assert [rows.shape[1] for rows in ltd_fx.sampled_indices(model).values()] == [KEEP] * 2
-
-
-def test_it_waits_for_tokens() -> None:
-    model, _ = transformed()
-    model(STREAM[:, :3])
-    assert statuses(model) == ["to be tested"] * 2
-    model(STREAM)
-    assert statuses(model) == ["proven"] * 2
-
-
-@pytest.mark.parametrize(("padding", "status"), [(30, "proven"), (SEQ - 4, "to be tested")])
-def test_it_waits_for_more_than_padding(padding: int, status: str) -> None:
-    ids, mask = torch.randint(0, 64, (2, SEQ)), torch.ones(2, SEQ, dtype=torch.long)
-    mask[:, :padding] = 0
-    model = ltd_fx.transform(decoder("Llama")().train())
-    loss_of(model(input_ids=ids, attention_mask=mask)).backward()
-    assert statuses(model) == [status] * 2
-    loss_of(model(input_ids=ids, attention_mask=torch.ones_like(mask))).backward()
-    assert statuses(model) == ["proven"] * 2
-
-
-def test_layers_that_a_batch_does_not_need_wait_for_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = transformed(Towers())
-    examined: list[int] = []
-    judge = proof.prove
-    monkeypatch.setattr("ltd_fx.prove.examine.prove", lambda *a, **k: [examined.append(1), judge(*a, **k)][1])
-    model(STREAM)
-    assert statuses(model) == ["proven"] * 2 + ["to be tested"] * 2
-    before = len(examined)
-    model(STREAM)
-    assert len(examined) == before
-    model(STREAM, STREAM)
-    assert statuses(model) == ["proven"] * 4
-
-
-def test_what_the_user_counts_is_not_counted_twice() -> None:
-    def flops(model: nn.Module) -> int:
-        with FlopCounterMode(display=False) as counter:
-            model(STREAM)
-        return counter.get_total_flops()
-
-    assert flops(transformed()[0]) == flops(transformed(example_inputs=(STREAM,))[0]) > 0
