@@ -135,11 +135,7 @@ def _obstacle(root: nn.Module, inputs: Any) -> str | None:
         return ""  # a key-value cache, which watching would fill
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     tensors = [*given, *root.parameters(), *root.buffers()]
-    if (
-        torch.is_inference_mode_enabled()
-        or torch.jit.is_tracing()
-        or any(is_fake(t) or t.device.type == "meta" for t in tensors)
-    ):
+    if torch.is_inference_mode_enabled() or any(is_fake(t) or t.device.type == "meta" for t in tensors):
         return ""  # nobody trains there
     if any(map(is_functorch_wrapped_tensor, tensors)):
         return "within a transformation of torch.func"
