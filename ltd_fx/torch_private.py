@@ -41,7 +41,6 @@ __all__ = [
     "check_with",
     "child_slots",
     "constant_local_maybe",
-    "decided_by",
     "fake_mode_of",
     "hooks_of",
     "in_backward",
@@ -58,10 +57,8 @@ __all__ = [
     "safe_softmax",
     "schema_of",
     "set_decompositions",
-    "size_expr",
     "skip_code",
     "storage_of",
-    "symbolic_length",
     "traced_graph_maybe",
     "without_modes",
     "written_by",
@@ -88,33 +85,7 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
-# ---- symbolic sizes
-
-
-def symbolic_length(size: int) -> tuple[torch.SymInt, FakeTensorMode]:
-    """A symbol that stands for ``size``, and is known to be more than 1; and the fake mode that it belongs to."""
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    made: Any = mode.from_tensor(torch.empty(size), source=ConstantSource("length"), symbolic_context=context)
-    return made.shape[0], mode
-
-
-def size_expr(size: Any) -> Any:
-    """The sympy expression of a symbolic or plain number."""
-    import sympy
-
-    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
-
-
-def decided_by(mode: FakeTensorMode, symbol: Any) -> tuple[list[tuple[Any, str]], bool]:
-    """The conditions on symbolic sizes so far, each with its place; and whether ``symbol`` became a plain number."""
-    env: Any = mode.shape_env
-    places = [(g.expr, g.sloc.maybe_user_loc or g.sloc.framework_loc) for g in env.guards]
-    said = [(expr, f"{at.filename}:{at.lineno}" if hasattr(at, "lineno") else str(at)) for expr, at in places]
-    return said, symbol in env.replacements
+# ---- operators
 
 
 def make_graph(function: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
@@ -128,8 +99,6 @@ def schema_of(target: Any) -> Any:
     """The schema of an operator: its name, its arguments, and whether it writes into one."""
     return target._schema
 
-
-# ---- operators
 
 SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 """What every softmax comes to under a :class:`TorchDispatchMode`; the second is that of attention."""

@@ -21,6 +21,12 @@ def items_of(value: Any) -> list[Any] | None:
     return None
 
 
+def item_of(value: Any, i: int) -> Any:
+    """The ``i``-th of what ``value`` holds; ``None`` where there is none."""
+    items = items_of(value)
+    return items[i] if items is not None and i < len(items) else None
+
+
 def like(value: Any, items: list[Any]) -> Any:
     """``items`` as the kind of tuple, list, mapping or dataclass that ``value`` is."""
     kind: Any = type(value)

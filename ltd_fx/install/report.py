@@ -51,7 +51,7 @@ def _dims(entry: Any) -> str:
     if isinstance(entry, str):
         return f" by {entry}"
     if isinstance(entry, Aligned):
-        prefix = f" {entry.prefix:+}" if entry.prefix else ""
+        prefix = " + others" if entry.prefix is None else f" {entry.prefix:+}" if entry.prefix else ""
         return f"[{', '.join(map(str, entry.dims))}{prefix}]"
     items = (_dims(item) if isinstance(item, tuple) else "-" if item is None else str(item) for item in entry)
     return f"[{', '.join(items)}]"

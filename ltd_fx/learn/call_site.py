@@ -21,6 +21,8 @@ class Proof:
             not run.
         error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
         reason: why it is no more than that.
+        learnt: what told which sizes follow the tokens: ``"symbolic sizes"``; ``"one length"``, of a model that runs at
+            no other; ``"other sizes"``, where it does not run on symbols.
         counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
             proof holds up to the length it was made at.
     """
@@ -31,6 +33,7 @@ class Proof:
     error: float | None = None
     reason: str = ""
     counts: bool = False
+    learnt: str = ""
 
     @property
     def right(self) -> bool:

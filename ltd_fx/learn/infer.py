@@ -1,6 +1,7 @@
 """Learn a layer's pattern from how the model calls it at several lengths and batch sizes.
 
-A dimension carries the sequence if it changed exactly when the layer's hidden states did, and to the same length.
+A dimension carries the sequence if it changed exactly when the layer's hidden states did, and to the same length; of a
+forward at symbolic sizes, if its expression is that of their length.
 """
 
 from collections.abc import Mapping
@@ -8,18 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.layer_pattern import Align, LayerPattern, forward_signature
 from ltd_fx.learn.observe import Call, is_stream
 from ltd_fx.learn.probe import Probe
+from ltd_fx.learn.sizes import SizeReader
 from ltd_fx.runtime import Aligned, Draw, gather_argument
-from ltd_fx.tree import items_of, leaves
+from ltd_fx.tree import item_of, items_of, leaves
 
-# A table may have so many rows more or fewer than there are tokens (class and register tokens) where no second length
-# can be tried; whether it follows the tokens is for the proof to tell.
-_MAX_PREFIX = 8
 _POSITIONS = ("positions", "position_ids")
 
 
@@ -31,7 +29,7 @@ def infer_pattern(
     batch: Probe | None,
     seq_dim: int,
     *,
-    near: bool = False,
+    near: int = 0,
 ) -> LayerPattern:
     """The pattern of a layer.
 
@@ -39,10 +37,11 @@ def infer_pattern(
         name: the layer's.
         layer_class: whose ``forward`` names the arguments.
         call: as the example inputs have it.
-        lengths: forwards at other sequence lengths; without any, sizes equal to the sequence length follow it.
-        batch: a forward at another batch size.
+        lengths: forwards at other sequence lengths, or one at symbolic sizes; where the layer's stays the same in all,
+            sizes equal to the sequence length follow it.
+        batch: a forward at another batch size, or one at symbolic sizes.
         seq_dim: the dimension of the hidden states that carries the sequence, 0 or 1.
-        near: without ``lengths``, also take tables of a few rows more or fewer than tokens to follow them.
+        near: where its length stays the same, also take tables of so many rows more than tokens to follow them.
 
     Raises:
         LTDError: no argument looks like hidden states that the layer returns, or one follows the tokens in a way that
@@ -53,9 +52,11 @@ def infer_pattern(
     base, *others = (_arguments(signature, c) for c in (call, *moved))
     rebatched = _arguments(signature, batch.calls[name]) if batch is not None else None
     hidden = _find_hidden(name, base, call.output)
-    streams = [arguments[hidden] for arguments in (base, *others)]
-    sizes = [s.shape[seq_dim] for s in streams]
-    reader = _Reader(name, sizes, base[hidden].shape[1 - seq_dim], near)
+    sizes, batches = (
+        [arguments[hidden].shape[dim] for arguments in (base, *probed)]
+        for dim, probed in ((seq_dim, others), (1 - seq_dim, [rebatched] if rebatched else []))
+    )
+    reader = SizeReader(name, sizes, batches, near)
     aligned: dict[str, Align] = {}
     cache = None
     for argument, value in base.items():
@@ -67,7 +68,8 @@ def infer_pattern(
         across = [arguments.get(argument) for arguments in others]
         if any(leaf is not None for leaf in leaves(value)):
             aligned[argument] = reader.entry(argument, value, across, rebatched.get(argument) if rebatched else None)
-    slot, returned, dropped = _outputs(base, hidden, call, [c.output for c in moved])
+    outputs = [(arguments[hidden].shape, c.output) for arguments, c in zip(others, moved, strict=True)]
+    slot, returned, dropped = _outputs(base, hidden, call, outputs, reader)
     return LayerPattern(hidden, aligned, seq_dim == 1, slot, returned, dropped, cache)
 
 
@@ -119,90 +121,8 @@ def _find_hidden(name: str, arguments: Mapping[str, Any], output: Any) -> str:
     )
 
 
-class _Reader:
-    """Reads how an argument follows the tokens off its shapes; ``sizes`` are the sequence's in each forward."""
-
-    def __init__(self, name: str, sizes: list[int], batch: int, near: bool) -> None:
-        self.name, self.sizes, self.batch, self.near = name, sizes, batch, near
-
-    def entry(self, argument: str, value: Any, across: list[Any], rebatched: Any) -> Align:
-        items = items_of(value)
-        if items is not None:
-            entries = [
-                self.entry(argument, item, [_item(other, i) for other in across], _item(rebatched, i))
-                for i, item in enumerate(items)
-            ]
-            tensors = [e for e, item in zip(entries, items, strict=True) if any(map(_follows, leaves(item)))]
-            alone = all(leaf is None or _follows(leaf) for leaf in leaves(value))
-            if alone and all(e == tensors[0] for e in tensors):
-                return tensors[0] if tensors else ()
-            return tuple(e or None for e in entries) if any(entries) else ()
-        if isinstance(value, BlockMask):
-            return (2, 3)
-        if not isinstance(value, Tensor):
-            return ()
-        return self._tensor(argument, value, [v for v in across if isinstance(v, Tensor)], rebatched)
-
-    def _tensor(self, argument: str, value: Tensor, across: list[Tensor], rebatched: Any) -> Align:
-        dims: dict[int, int] = {}
-        for dim in range(value.ndim):
-            column = [value.shape[dim], *(v.shape[dim] for v in across if v.ndim == value.ndim)]
-            prefix = self._prefix(argument, value, column)
-            if prefix is not None:
-                dims[dim] = prefix
-        if not dims:
-            return ()
-        if len(self.sizes) == 1:  # where lengths have to be guessed, the nearest
-            nearest = min(dims.values(), key=abs)
-            dims = {dim: prefix for dim, prefix in dims.items() if prefix == nearest}
-        if len(set(dims.values())) > 1:
-            raise LTDError(
-                f"ltd_fx: {self.name}: argument {argument!r} of shape {tuple(value.shape)} follows the {self.sizes[0]} "
-                "tokens with different offsets in its dimensions; register a LayerPattern with a callable for it"
-            )
-        found = Aligned(tuple(dims), self._batch_dim(value, rebatched, tuple(dims)), next(iter(dims.values())))
-        usual = None if 0 in dims else 0
-        return found.dims if found.batch == usual and found.prefix == 0 else found
-
-    def _prefix(self, argument: str, value: Tensor, column: list[int]) -> int | None:
-        """How many rows a dimension has beyond the tokens', or None if it does not follow them."""
-        first, size = column[0], self.sizes[0]
-        if len(self.sizes) == 1:
-            near = self.near and 0 < abs(first - size) <= _MAX_PREFIX
-            return 0 if first == size else first - size if near else None
-        if len(column) != len(self.sizes) or len(set(column)) == 1:
-            return None
-        offsets = {n - s for n, s in zip(column, self.sizes, strict=True)}
-        if len(offsets) == 1:
-            return offsets.pop()
-        if any((n == first) != (s == size) for n, s in zip(column, self.sizes, strict=True)):
-            return None  # it follows another sequence: the encoder's
-        raise LTDError(
-            f"ltd_fx: {self.name}: argument {argument!r} of shape {tuple(value.shape)} changes with the sequence "
-            f"length, but is {column} long for {self.sizes} tokens; register a LayerPattern with a callable for it"
-        )
-
-    def _batch_dim(self, value: Tensor, rebatched: Any, dims: tuple[int, ...]) -> int | None:
-        if isinstance(rebatched, Tensor) and rebatched.ndim == value.ndim:
-            changed = [d for d in range(value.ndim) if value.shape[d] != rebatched.shape[d] and d not in dims]
-            if changed:
-                return changed[0]
-        elif 0 not in dims and value.shape[0] % self.batch == 0:
-            return 0
-        return 0 if 0 not in dims and value.shape[0] == 1 else None
-
-
-def _item(value: Any, i: int) -> Any:
-    items = items_of(value)
-    return items[i] if items is not None and i < len(items) else None
-
-
-def _follows(value: Any) -> bool:
-    return isinstance(value, (Tensor, BlockMask))
-
-
 def _outputs(
-    arguments: Mapping[str, Any], hidden: str, call: Call, moved: list[Any]
+    arguments: Mapping[str, Any], hidden: str, call: Call, moved: list[tuple[Any, Any]], reader: SizeReader
 ) -> tuple[int | None, dict[int, str | None], tuple[int, ...]]:
     """The slot of the hidden states, what is in the other slots that hold tensors, and which of them to drop."""
     items = items_of(call.output)
@@ -211,6 +131,7 @@ def _outputs(
     shape = arguments[hidden].shape
     given = {id(value) for value in arguments.values()}
     slots = [i for i, t in enumerate(items) if isinstance(t, Tensor) and t.shape == shape and id(t) not in given]
+    slots = [i for i in slots if all(getattr(item_of(output, i), "shape", size) == size for size, output in moved)]
     if len(slots) > 1:
         raise LTDError(
             f"ltd_fx: {call.name}: slots {slots} of its output are all as large as the hidden states; say which "
@@ -223,10 +144,9 @@ def _outputs(
         if i == slot or not isinstance(item, Tensor):
             continue
         source = next((name for name, value in arguments.items() if value is item), None)
-        others = [items_of(output) for output in moved]
         if source is not None:
             returned[i] = source
-        elif all(o is not None and i < len(o) and o[i].shape == item.shape for o in others) and (
+        elif all(not reader.moves(item, item_of(output, i)) for _, output in moved) and (
             moved or shape[1] not in item.shape
         ):
             returned[i] = None

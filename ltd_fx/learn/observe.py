@@ -27,7 +27,7 @@ class Call(NamedTuple):
 class TensorSpec(NamedTuple):
     """A tensor without its data."""
 
-    shape: torch.Size
+    shape: tuple[Any, ...]  # of numbers, or of expressions of symbolic sizes
     dtype: torch.dtype
     device: torch.device
 
@@ -50,10 +50,15 @@ def _run_fake(model: nn.Module, mode: FakeTensorMode, args: Any, kwargs: Any) ->
             (args, kwargs),
             is_leaf=lambda value: isinstance(value, TensorSpec),
         )
-        _run(model, args, kwargs, failing="does not run on fake tensors of these inputs")
+        run_model(model, args, kwargs, failing="does not run on fake tensors of these inputs")
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
+def run_model(model: Callable[..., Any], args: Any, kwargs: Any, *, failing: str) -> None:
+    """One forward within a sandbox.
+
+    Raises:
+        LTDError: it fails, as ``failing`` says.
+    """
     try:
         with torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
@@ -63,16 +68,16 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, failing: str) -> None:
         raise LTDError(f"ltd_fx: the model's forward {failing}: {type(error).__name__}: {error}") from error
 
 
-def run_forward(model: nn.Module, inputs: Any, sandbox: Sandbox, *, fake: bool) -> None:
-    """One forward within ``sandbox.open(fake=fake)``; ``inputs`` are from :func:`describe` where ``fake``, else values.
+def run_forward(model: nn.Module, inputs: Any, mode: FakeTensorMode | None) -> None:
+    """One forward within ``sandbox.open(fake=mode)``; ``inputs`` are from :func:`describe` with a mode, else values.
 
     Raises:
         LTDError: it fails.
     """
-    if fake:
-        _run_fake(model, sandbox.mode, *inputs)
+    if mode is not None:
+        _run_fake(model, mode, *inputs)
     else:
-        _run(model, *inputs, failing="fails")
+        run_model(model, *inputs, failing="fails")
 
 
 def observe(
@@ -100,11 +105,27 @@ def observe(
         LTDError: the forward fails.
     """
     calls: list[Call] = []
+    mode = sandbox.mode if fake else None
+    with sandbox.open(fake=mode):
+        watch_calls(model, layers, calls, training=training, kinds=kinds if fake else None)
+        run_forward(model, inputs, mode)
+        return _hollow(calls, sandbox.mode)
+
+
+def watch_calls(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calls: list[Call],
+    *,
+    training: bool,
+    kinds: Mapping[str, Any] | None,
+) -> None:
+    """Within a sandbox, have each call of ``layers`` put into ``calls``; the arguments are as for :func:`observe`."""
     known: dict[Any, Call] = {}
 
     def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            kind = (kinds[name], shapes(args, kwargs)) if fake and kinds is not None else None
+            kind = (kinds[name], shapes(args, kwargs)) if kinds is not None else None
             same = known.get(kind) if kind is not None else None
             output = forward(*args, **kwargs) if same is None else _like_output(same, args, kwargs)
             calls.append(Call(name, args, kwargs, output))
@@ -113,10 +134,7 @@ def observe(
 
         return watched
 
-    with sandbox.open(fake=fake):
-        _watch(model, layers, watch, training=training)
-        run_forward(model, inputs, sandbox, fake=fake)
-        return _hollow(calls, sandbox.mode)
+    _watch(model, layers, watch, training=training)
 
 
 def _watch(
@@ -189,7 +207,7 @@ def observe_values(
     args, kwargs = inputs
     with suppress(_Stop), sandbox.open():
         _watch(model, layers, watch, training=training)
-        _run(model, args, kwargs, failing="fails")
+        run_model(model, args, kwargs, failing="fails")
     return calls
 
 

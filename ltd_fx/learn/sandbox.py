@@ -5,7 +5,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ltd_fx.torch_private import (
     storage_of,
     written_by,
 )
+from ltd_fx.torch_private_sizes import symbolic_mode
 
 # Whose hooks are a part of what a module computes: sharded and tensor-parallel weights, recorded outputs, adapters.
 _COMPUTING = ("torch", "transformers", "peft", "accelerate")
@@ -49,17 +50,22 @@ class Sandbox:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = model
         self._outside = Outside(model)
-        self._fakes: dict[int, Any] = {}
+        self._fakes: dict[tuple[int, int], Any] = {}
+
+    @cached_property
+    def symbolic(self) -> FakeTensorMode:
+        """Another mode, of fake tensors whose sizes may be symbols."""
+        return symbolic_mode()
 
     @contextmanager
-    def open(self, module: nn.Module | None = None, *, fake: bool = False) -> Iterator[None]:
+    def open(self, module: nn.Module | None = None, *, fake: FakeTensorMode | None = None) -> Iterator[None]:
         """Undo what forwards of the model do besides what they return, and all that is done to its modules' attributes.
 
         Within, the modules have buffers of their own, copies or fakes, and call no hooks of the user's.
 
         Args:
             module: instead of the model, a copy of a part of it.
-            fake: parameters are fake, too. The forwards are to run under ``mode``.
+            fake: parameters and buffers are fake, of this mode, under which the forwards are to run.
         """
         modules = list((self._model if module is None else module).modules())
         with _random_state(), _autocast_cache_off(), _attributes(modules), _Writes() as writes:
@@ -71,29 +77,30 @@ class Sandbox:
             finally:
                 self._outside.put_back(writes.is_new)
 
-    def _substitute(self, module: nn.Module, fake: bool) -> None:
+    def _substitute(self, module: nn.Module, fake: FakeTensorMode | None) -> None:
         """Give the module tensors to write to, and take its hooks; :func:`_attributes` puts them back."""
-        own = self._fake if fake else _copy
-        replace_tensors(module, own, self._fake_parameter if fake else None)
+        own = _copy if fake is None else partial(_fake, fake)
+        replace_tensors(module, own, None if fake is None else partial(self._fake_parameter, fake))
         plain = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
         module.__dict__.update({name: own(value) for name, value in plain.items()})
         call_without_hooks(module, but=_computes)
 
-    def _fake_parameter(self, parameter: Tensor | None) -> Tensor | None:
-        key = id(parameter)
+    def _fake_parameter(self, mode: FakeTensorMode, parameter: Tensor | None) -> Tensor | None:
+        key = id(mode), id(parameter)
         if key not in self._fakes:
-            self._fakes[key] = self._fake(parameter)
+            self._fakes[key] = _fake(mode, parameter)
         return self._fakes[key]  # type: ignore[no-any-return]
 
-    def _fake(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not _is_plain(tensor):
-            return tensor
-        with self.mode:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        made.__dict__.update(vars(tensor))
-        return made
+
+def _fake(mode: FakeTensorMode, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or not _is_plain(tensor):
+        return tensor
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    made.__dict__.update(vars(tensor))
+    return made
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -12,23 +12,18 @@ from ltd_fx.learn import (
     Call,
     CallSite,
     LayerPattern,
-    Probe,
+    Learner,
     Proof,
     Sandbox,
-    batch_probes,
     by_name,
     describe,
-    infer_pattern,
     layer_in,
-    length_probes,
     likeness,
     observe,
     observe_values,
-    per_head,
     shapes,
     stream,
     structure,
-    with_positions,
 )
 from ltd_fx.prove.proof import FEWEST, TOO_FEW, prove
 from ltd_fx.prove.rehearse import rehearse
@@ -75,7 +70,8 @@ class Examination:
         self._see_training()
         self.first_calls = by_name(self.calls)
         self._samples = self._pick(layers)
-        self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
+        learner = partial(Learner, model, slots, inputs, self.first_calls, sandbox=self._sandbox, kinds=self._kinds)
+        self._learner = learner(training=self.training, fake=self._fake)
         self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
 
     def divide(self, layers: Sequence[CallSite], protected: int) -> tuple[list[CallSite], list[CallSite]]:
@@ -141,17 +137,6 @@ class Examination:
                 samples[layer.name] = same[-1]
         return samples
 
-    def _forward(self, inputs: Any) -> Mapping[str, Call]:
-        return by_name(self._observe(inputs))
-
-    def _probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
-        if seq_dim not in self._probed:
-            inputs = describe(*self._inputs) if self._fake else self._inputs
-            lengths = length_probes(self._forward, inputs, self.first_calls, seq_dim)
-            batches = batch_probes(self._forward, inputs, self.first_calls, lengths, seq_dim)
-            self._probed[seq_dim] = lengths, batches
-        return self._probed[seq_dim]
-
     def _has_table(self, layer: CallSite, seq_dim: int) -> bool:
         """Whether the layer has a buffer that could be sliced to its length."""
         hidden = stream(self.first_calls[layer.name])
@@ -166,7 +151,7 @@ class Examination:
         return self._values[key][layer.name]
 
     def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
-        lengths, batches = self._probes(seq_dim)
+        lengths, batches = self._learner.probes(seq_dim)
         small = self._inputs
         most_tokens = [(p, tokens) for p in lengths if tokens is not None]
         for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
@@ -259,7 +244,7 @@ class Examination:
                 f"{what}{built_in}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
                 "transform(..., layers=...), or register a LayerPattern for its class"
             )
-        return replace(layer, pattern=pattern, proof=proof)
+        return replace(layer, pattern=pattern, proof=replace(proof, learnt=self._learner.way(layer.name, pattern)))
 
     def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:
         """What token flow says of the layer as it is called at full length."""
@@ -270,28 +255,15 @@ class Examination:
 
     def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
         """The known pattern; then, where another may be learnt, those that could be, the likeliest first."""
-        seen: list[LayerPattern] = []
+        module = layer_in(self._slots[layer.name])
         if layer.pattern is not None:
             yield layer.pattern
             if layer.vouched or not self._learn:
                 return
-            seen.append(layer.pattern)
-        failure = ""
-        module, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
-        for seq_dim in (1, 0):
-            lengths, batches = self._probes(seq_dim)
-            ways: list[Probe | None] = [*batches] or [None]
-            for batch in ways:
-                for near in (False,) if lengths else (False, True):
-                    try:
-                        pattern = infer_pattern(layer.name, type(module), call, lengths, batch, seq_dim, near=near)
-                    except LTDError as error:
-                        failure = failure or str(error)
-                        continue
-                    for hypothesis in (pattern, per_head(pattern), with_positions(pattern, type(module))):
-                        if hypothesis not in seen:
-                            seen.append(hypothesis)
-                            yield hypothesis
-        # The usual layout could not even be inferred: the user is told that, not what became of the other one.
-        if failure and not any(pattern.batch_first for pattern in seen):
-            raise LTDError(failure)
+        try:
+            for hypothesis in self._learner.hypotheses(layer.name, type(module)):
+                if hypothesis != layer.pattern:
+                    yield hypothesis
+        except LTDError:
+            if layer.pattern is None:  # Else the user is told what is wrong with the one that is known.
+                raise

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of, has_tokens
 from ltd_fx.prove.verdict import Verdict
-from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, size_expr, storage_of, written_by
+from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, storage_of, written_by
+from ltd_fx.torch_private_sizes import size_expr
 
 # What they take of a tensor is its shape and its dtype: of the first, or of the second.
 _SHAPE_ALONE = ("ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like", "new_empty_strided")

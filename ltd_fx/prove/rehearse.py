@@ -45,11 +45,12 @@ def rehearse(model: nn.Module, sites: list[Site], inputs: Any, *, sandbox: Sandb
 
 
 def _run(model: nn.Module, sites: list[Site], inputs: Any, sandbox: Sandbox, fake: bool, *, routed: bool) -> None:
-    with sandbox.open(fake=fake), torch.no_grad():
+    mode = sandbox.mode if fake else None
+    with sandbox.open(fake=mode), torch.no_grad():
         model.train()
         for site in sites:
             site.layer.train(routed)
-        run_forward(model, describe(*inputs) if fake else inputs, sandbox, fake=fake)
+        run_forward(model, describe(*inputs) if fake else inputs, mode)
 
 
 class _Half:

@@ -22,7 +22,7 @@ from ltd_fx.prove.values import (
     regroup,
     size_of,
 )
-from ltd_fx.torch_private import size_expr
+from ltd_fx.torch_private_sizes import size_expr
 
 
 def _sizes(op: Op) -> list[Any]:

@@ -12,14 +12,8 @@ from ltd_fx.learn import Call, LayerPattern, Sandbox, forward_signature, quiet
 from ltd_fx.passes import kept_arguments
 from ltd_fx.prove.values import Axis, Kind, Value, axis_of
 from ltd_fx.runtime import Draw, RouteState, Site
-from ltd_fx.torch_private import (
-    FAKE_TENSOR_LOG,
-    decided_by,
-    make_graph,
-    pytree,
-    size_expr,
-    symbolic_length,
-)
+from ltd_fx.torch_private import FAKE_TENSOR_LOG, make_graph, pytree
+from ltd_fx.torch_private_sizes import decided_by, size_expr, symbolic_mode, symbolic_sizes
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -69,7 +63,8 @@ def trace(
     batch, seq_len = given[pattern.hidden].shape[:2]
     if not pattern.batch_first:
         batch, seq_len = seq_len, batch
-    size, mode = symbolic_length(max(seq_len // 2, protected + 2))
+    mode = symbolic_mode()
+    (size,) = symbolic_sizes(mode, (max(seq_len // 2, protected + 2),), "length")
     length = size_expr(size)
     with mode:
         given = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), given)

@@ -22,14 +22,14 @@ class Aligned(NamedTuple):
         batch: the dimension that carries the batch, of size B, 1, or a multiple of B such as batch times heads;
             ``None``: there is none, so where each sequence has its own draw a batch dimension is put in front.
         prefix: rows along ``dims`` before those of the tokens, which all stay (a joint table of text, then image, for
-            the image's layer); negative: so many first tokens have no row (a rotary table without the class token),
-            and must be protected from being dropped.
+            the image's layer); ``None``: as many as there are, which may differ from batch to batch; negative: so many
+            first tokens have no row (a rotary table without the class token), and must be protected from being dropped.
         per_head: the batch dimension put in front is followed by one of size 1, to broadcast over attention heads.
     """
 
     dims: tuple[int, ...]
     batch: int | None = 0
-    prefix: int = 0
+    prefix: int | None = 0
     per_head: bool = False
 
 
@@ -119,10 +119,12 @@ def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
         # The name is read here alone: in the traced path, it would cost a graph for each layer.
         return f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)}"
 
-    rows = draw.seq_len + aligned.prefix
+    prefix = 0 if aligned.prefix is None else aligned.prefix
     for dim in aligned.dims:
-        if not 0 <= dim < value.ndim or value.shape[dim] not in (1, rows):
-            length = f"{draw.seq_len}{aligned.prefix:+}" if aligned.prefix else draw.seq_len
+        size = value.shape[dim] if 0 <= dim < value.ndim else 0
+        fits = size >= draw.seq_len if aligned.prefix is None else size == draw.seq_len + prefix
+        if not fits and size != 1:
+            length = f"{draw.seq_len}{prefix:+}" if prefix else draw.seq_len
             raise LTDError(f"{what()} must have the sequence length {length} (or 1) in dimension {dim}; {remedy}")
     if aligned.batch is not None:
         size = value.shape[aligned.batch] if aligned.batch < value.ndim else 0
@@ -131,10 +133,10 @@ def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
                 f"{what()} must have the batch size {draw.batch}, a multiple of it, or 1 in dimension {aligned.batch}; "
                 f"{remedy}"
             )
-    if -aligned.prefix > draw.protected:
+    if -prefix > draw.protected:
         raise LTDError(
-            f"{what()} has no row for the first {-aligned.prefix} tokens, so none of them may be dropped: pass "
-            f"protect={-aligned.prefix} to ltd_fx.transform"
+            f"{what()} has no row for the first {-prefix} tokens, so none of them may be dropped: pass "
+            f"protect={-prefix} to ltd_fx.transform"
         )
 
 
@@ -159,12 +161,13 @@ def _gather(draw: Draw, requests: list[tuple[Any, Aligned]]) -> list[Any]:
         rows = draw.indices.shape[0]
         # Others have batch times heads, or need a gradient, which torch.func cannot take of an operator with a formula.
         served = (front.shape[0] == 1 or rows == 1 or front.shape[0] == rows) and not value.requires_grad
-        if served and len(dims) == 1:
-            together.setdefault(aligned.prefix, []).append((place, front, dims[0]))
+        prefix = front.shape[dims[0]] - draw.seq_len if aligned.prefix is None else aligned.prefix
+        if served and len(dims) == 1 and aligned.prefix is not None:
+            together.setdefault(prefix, []).append((place, front, dims[0]))
         elif served and len(dims) == 2 and front.ndim <= 4:
-            gathered[place] = _gather_mask(front, _rows(draw, aligned.prefix), dims)
+            gathered[place] = _gather_mask(front, _rows(draw, prefix), dims)
         else:
-            gathered[place] = gather_by_indexing(front, _rows(draw, aligned.prefix), dims)
+            gathered[place] = gather_by_indexing(front, _rows(draw, prefix), dims)
     for prefix, group in together.items():
         places, values, dims = zip(*group, strict=True)
         out = torch.ops.ltd_fx.gather_aligned(list(values), _rows(draw, prefix), list(dims))

@@ -1,4 +1,4 @@
-"""Private and undocumented names of torch are in ``torch_private.py`` alone."""
+"""Private and undocumented names of torch are in ``torch_private.py`` and ``torch_private_sizes.py`` alone."""
 
 import ast
 import re
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ltd_fx import torch_private
+from ltd_fx import torch_private, torch_private_sizes
 
 PACKAGE = Path(__file__).parents[2] / "ltd_fx"
-ROOM = PACKAGE / "torch_private.py"
+ROOMS = (PACKAGE / "torch_private.py", PACKAGE / "torch_private_sizes.py")
 # Without an underscore, and documented no better.
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}
 # Underscores of Python's own, of an operator of ours, and of Lightning's.
@@ -64,7 +64,7 @@ def test_no_other_file_names_one() -> None:
     found = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {name}"
         for path, tree in trees.items()
-        if path != ROOM
+        if path not in ROOMS
         for line, name in private_names(tree, own)
     ]
     assert not found, "\n".join(["name these in ltd_fx/torch_private.py:", *found])
@@ -72,7 +72,8 @@ def test_no_other_file_names_one() -> None:
 
 def test_each_name_has_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_torch_private*.py"))
-    assert [name for name in torch_private.__all__ if f"torch_private.{name}" not in tests] == []
+    for room in (torch_private, torch_private_sizes):
+        assert [name for name in room.__all__ if f"{room.__name__.split('.')[-1]}.{name}" not in tests] == []
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,67 @@
 """What torch's private names about symbolic sizes must mean. A failure here says which name a release has changed."""
 
+from typing import Any
+
 import pytest
 import sympy
 import torch
 from torch import Tensor, nn
 
-from ltd_fx import torch_private
+from ltd_fx import torch_private, torch_private_sizes
 
 
-def test_symbolic_length() -> None:
-    size, mode = torch_private.symbolic_length(8)
+def length(size: int) -> tuple[Any, torch_private.FakeTensorMode]:
+    mode = torch_private_sizes.symbolic_mode()
+    return torch_private_sizes.symbolic_sizes(mode, (size,), "length")[0], mode
+
+
+def test_symbolic_mode() -> None:
+    """Sizes that are equal by chance are two symbols."""
+    mode = torch_private_sizes.symbolic_mode()
+    first, second = (torch_private_sizes.symbolic_sizes(mode, (8,), name)[0] for name in ("first", "second"))
+    assert torch_private_sizes.size_expr(first) != torch_private_sizes.size_expr(second)
     with mode:
-        made = torch.empty(2, size + 1)
-    assert torch_private.size_expr(made.shape[1]) == torch_private.size_expr(size) + 1
-    assert size > 1
-    assert torch_private.decided_by(mode, None)[0] == []  # It is known to be more than 1.
+        assert torch.empty(2, first + 1).fake_mode is mode
+
+
+def test_symbolic_sizes() -> None:
+    mode = torch_private_sizes.symbolic_mode()
+    sizes = torch_private_sizes.symbolic_sizes(mode, (8, 1, 0), "some")
+    assert sizes[1:] == (1, 0)
+    assert isinstance(sizes[0], torch.SymInt)
+    assert sizes[0] > 1
+    assert torch_private_sizes.decided_by(mode, None)[0] == []  # It is known to be more than 1.
+
+
+def test_simplified() -> None:
+    """What a forward needs to be equal becomes one symbol, and what it needs to be a number is that number."""
+    mode = torch_private_sizes.symbolic_mode()
+    first, second, third = torch_private_sizes.symbolic_sizes(mode, (8, 8, 4), "some")
+    with mode:
+        torch.empty(first) + torch.empty(second)
+        torch.empty(third) @ torch.empty(4)
+    assert torch_private_sizes.simplified(mode, first) == torch_private_sizes.simplified(mode, second)
+    assert torch_private_sizes.simplified(mode, third) == 4
 
 
 def test_size_expr() -> None:
-    size, _ = torch_private.symbolic_length(8)
-    assert isinstance(torch_private.size_expr(size), sympy.Symbol)
-    assert torch_private.size_expr(2 * size).free_symbols == {torch_private.size_expr(size)}
-    assert torch_private.size_expr(3) == 3
+    size, _ = length(8)
+    assert isinstance(torch_private_sizes.size_expr(size), sympy.Symbol)
+    assert torch_private_sizes.size_expr(2 * size).free_symbols == {torch_private_sizes.size_expr(size)}
+    assert torch_private_sizes.size_expr(3) == 3
 
 
 def test_decided_by() -> None:
-    size, mode = torch_private.symbolic_length(8)
-    symbol = torch_private.size_expr(size)
-    assert torch_private.decided_by(mode, symbol) == ([], False)
+    size, mode = length(8)
+    symbol = torch_private_sizes.size_expr(size)
+    assert torch_private_sizes.decided_by(mode, symbol) == ([], False)
     assert bool(size > 5)
-    ((condition, place),), fixed = torch_private.decided_by(mode, symbol)
+    ((condition, place),), fixed = torch_private_sizes.decided_by(mode, symbol)
     assert isinstance(condition, sympy.StrictGreaterThan | sympy.StrictLessThan)
     assert ":" in place
     assert not fixed
     assert float(size) == 8
-    assert torch_private.decided_by(mode, symbol)[1]
+    assert torch_private_sizes.decided_by(mode, symbol)[1]
 
 
 class Normed(nn.Module):
@@ -44,7 +71,7 @@ class Normed(nn.Module):
 
 def test_make_graph() -> None:
     """What is one operator of aten stays one, and a node of a module's forward knows the line that called it."""
-    size, mode = torch_private.symbolic_length(8)
+    size, mode = length(8)
     with mode:
         graph = torch_private.make_graph(Normed(), [torch.empty(2, size, 4)]).graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]

@@ -25,6 +25,10 @@ largest difference of the kept rows relative to the largest value (`ltd_fx.verif
 *Proven*: that, and by token flow, from the layer's operations; where only tested, the reason is why not proven.
 *Refused*: `transform` raises `LTDError` with this reason, and the model is untouched.
 
+*Learnt*: what told which of a layer's sizes follow the tokens: one forward at symbolic sizes; or, of a model that runs
+at one length only, the layer's own forward at symbolic sizes or a guess; or forwards at other sizes, where it does
+not run on symbols.
+
 Made by `python -m zoo.table ../docs/models.md` in `tests/`.
 
 """
@@ -37,6 +41,7 @@ class Row(NamedTuple):
     layers: str
     error: float | None
     reason: str
+    learnt: str = ""
 
 
 def examine(entry: Entry) -> Row:
@@ -50,10 +55,10 @@ def examine(entry: Entry) -> Row:
     assert report.ok, str(report)
     model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # one training forward, routed
     classes = Counter(site.layer_class for site in report.sites)
-    reasons = [
-        s.proof.reason for s in ltd_fx.summary(model).sites if s.proof is not None and s.proof.status == "tested"
-    ]
-    return Row(entry, ", ".join(classes), max(site.error or 0.0 for site in report.sites), "".join(reasons[:1]))
+    proofs = [site.proof for site in ltd_fx.summary(model).sites if site.proof is not None]
+    reasons = [proof.reason for proof in proofs if proof.status == "tested"]
+    learnt = ", ".join(dict.fromkeys(proof.learnt for proof in proofs))
+    return Row(entry, ", ".join(classes), max(site.error or 0.0 for site in report.sites), "".join(reasons[:1]), learnt)
 
 
 def _line(row: Row) -> str:
@@ -62,7 +67,7 @@ def _line(row: Row) -> str:
     result = f"{word}, {row.error:.0e}" if row.error is not None else "refused"
     # Where the user's line is, is of this machine.
     reason = re.sub(r" \(/.*?\)", "", row.reason.split("; leave it out")[0]).replace("|", "\\|").replace("\n", " ")
-    return f"| {row.entry.library} | {row.entry.name} | {row.layers} | {options} | {result} | {reason} |"
+    return f"| {row.entry.library} | {row.entry.name} | {row.layers} | {options} | {result} | {row.learnt} | {reason} |"
 
 
 def main(path: str) -> None:
@@ -76,7 +81,7 @@ def main(path: str) -> None:
         f"{right} of {len(rows)} routed right, of which {proven} proven and {right - proven} tested; "
         f"{len(rows) - right} refused; {libraries} libraries.\n"
     )
-    head = "| library | model | routed layers | options | result | reason |\n|---|---|---|---|---|---|\n"
+    head = "| library | model | routed layers | options | result | learnt | reason |\n|---|---|---|---|---|---|---|\n"
     Path(path).write_text(_HEAD + counts + "\n" + head + "\n".join(map(_line, rows)) + "\n")
     print(counts)
 
