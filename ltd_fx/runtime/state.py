@@ -21,7 +21,7 @@ from ltd_fx.torch_private import allow_side_effects
 Protect = int | str | Callable[[Tensor], Tensor] | None
 
 
-UNTESTED = "ltd_fx: the layers' built-in patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
+UNTESTED = "ltd_fx: layers' built-in patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
 
 
 class Member(Protocol):
