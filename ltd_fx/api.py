@@ -17,9 +17,9 @@ from ltd_fx.install import (
     VerifyReport,
     attach,
     choose,
+    complete,
     find_rewrite,
     find_rewrite_maybe,
-    install,
     uninstall,
 )
 from ltd_fx.learn import CallSite, Layers, Proof, Sandbox, find_stacks, observe_values, split_inputs
@@ -84,8 +84,8 @@ def transform(
             must agree (see :func:`check_ranks`).
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
-            are learnt from it. Without, they are learnt and proven at the first training forward, and so are routes
-            over several layers.
+            are learnt from it. Without, layers are proven at the first training forward, and what is not known of
+            them or their routes is learnt there; a pattern that you registered is trusted, with a warning.
 
     Returns:
         ``model`` itself.
@@ -215,12 +215,12 @@ def verify(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], *
         atol: the largest error allowed, relative to the largest value of the reference.
 
     Raises:
-        LTDError: the model is not transformed, or its forward fails.
+        LTDError: the model is not transformed, or its forward fails; or layers that wait for their first training
+            forward cannot be routed.
     """
     root, rewrite = find_rewrite(model)
     inputs = split_inputs(example_inputs)
-    if rewrite.pending:
-        install(root, rewrite, inputs)
+    complete(root, rewrite, inputs)
     sandbox, slots = Sandbox(root), {site.name: site.layer for site in rewrite.sites}
     calls = observe_values(root, slots, inputs, sandbox=sandbox, training=rewrite.training)
     proofs = [

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # forwards
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree  # arguments as trees; torch.utils.pytree is in none of these versions
 from torch.utils._python_dispatch import TorchDispatchMode  # sees each operator below autograd
+from torch.utils._python_dispatch import _disable_current_modes as without_modes  # without those in force
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.module_tracker import ModuleTracker
 
@@ -59,6 +60,7 @@ __all__ = [
     "skip_code",
     "storage_of",
     "traced_graph_maybe",
+    "without_modes",
     "written_by",
 ]
 
@@ -155,10 +157,8 @@ def skip_code(code: Any) -> None:
 
 
 def allow_side_effects(function: Callable[..., None], *args: Any) -> None:
-    """In a function that Dynamo traces: call ``function``, which may write to what is outside, also in a checkpoint.
-
-    There Dynamo refuses such writes, since the backward repeats them.
-    """
+    """In a function that Dynamo traces, also in a checkpoint: call ``function``, which may write to what is outside."""
+    # In a checkpoint Dynamo refuses such writes, since the backward repeats them.
     torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
 
 

@@ -1,6 +1,8 @@
 """A small layer and model whose pattern the tests choose."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+import ltd_fx
 from ltd_fx import LayerPattern
 
 
@@ -100,3 +103,19 @@ class Looped(nn.Module):
             for block in self.blocks:
                 hidden = checkpoint(block, hidden, use_reentrant=False) if self.checkpointed else block(hidden)
         return hidden
+
+
+def statuses(model: nn.Module) -> list[str]:
+    """What is known of the routed layers, in order."""
+    return [site.status for site in ltd_fx.summary(model).sites if site.routed]
+
+
+@contextmanager
+def warned(*texts: str) -> Iterator[None]:
+    """As many warnings of ours within, each with its text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    ours = [str(warning.message) for warning in caught if str(warning.message).startswith("ltd_fx")]
+    assert len(ours) == len(texts), ours
+    assert all(text in message for text, message in zip(texts, ours, strict=True)), ours

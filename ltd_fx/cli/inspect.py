@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
                 "routed": site.routed,
                 "reason": site.reason,
                 "aligned": {name: str(entry) for name, entry in site.aligned.items()},
-                "status": None if site.proof is None else site.proof.status,
+                "status": site.status if site.routed else None,
                 "error": None if site.proof is None else site.proof.error,
             }
             for site in report.sites

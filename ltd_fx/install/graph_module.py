@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ltd_fx.install.hooks import REWRITE, add_forward_hooks
+from ltd_fx.install.hooks import REWRITE, add_forward_hooks, add_root_hook
 from ltd_fx.learn import CallSite, forward_signature, layer_in
 from ltd_fx.passes import SCRIPTING, SITE, Target, refuse_replicas, refuse_scripting, rewrite
 from ltd_fx.runtime import Site
@@ -83,7 +83,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
     ours = (REWRITE, *(name for name in self.__dict__ if name.startswith(SITE)))
     plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
     plain.graph = copy.deepcopy(rewritten.original)
-    rewritten.hooks, rewritten.original = (), None
+    rewritten.hooks, rewritten.pending, rewritten.original = (), (), None
     return _rebuild, (plain, rewritten)
 
 
@@ -95,6 +95,7 @@ def _rebuild(plain: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
 
 def _followed(model: fx.GraphModule, rewritten: Any) -> fx.GraphModule:
     """``model`` with the hooks of a transformed one, and what was done to it."""
+    rewritten.pending = (add_root_hook(model, rewritten.first_hook),) if rewritten.untested else ()
     rewritten.hooks = add_forward_hooks(model)
     model.__dict__[REWRITE] = rewritten
     return model

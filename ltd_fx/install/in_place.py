@@ -1,7 +1,9 @@
 """Rewrite a model in place, and back: what to route, where the pieces are kept, how they are taken out again."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,32 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
 from ltd_fx.install.graph_module import route_graph, targets_of, unroute_graph
-from ltd_fx.install.hooks import (
-    REWRITE,
-    add_forward_hooks,
-    add_root_hook,
-    check_places,
-    check_routes,
-    refuse_unlearnt,
-    watch_routes,
-)
+from ltd_fx.install.hooks import REWRITE, watch_routes
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
-from ltd_fx.learn import CallSite, layer_in, split_inputs
-from ltd_fx.passes import (
-    SCRIPTING,
-    RoutedLayer,
-    check_calls,
-    refuse_replicas,
-    refuse_scripting,
-    routed_class,
-    swap_back,
-    swap_class,
-)
+from ltd_fx.learn import CallSite, layer_in
+from ltd_fx.passes import SCRIPTING, RoutedLayer, as_they_were, check_calls, routed_class, swap_back, swap_class
 from ltd_fx.prove import Examination
 from ltd_fx.runtime import RouteState, Site, Span
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.torch_private import is_replica, pytree
+from ltd_fx.torch_private import pytree
 
 
 @dataclass
@@ -48,18 +33,24 @@ class Rewrite:
     # The sites of the routed ones, in order; there are none until installed.
     sites: list[Site] = field(default_factory=list)
     hooks: tuple[RemovableHandle, ...] = ()
-    # The hooks that wait for the first training forward, while patterns are to be inferred at it.
+    # The hooks that wait for the first training forward, while patterns are to be inferred or tested at it.
     pending: tuple[RemovableHandle, ...] = ()
+    first_hook: Callable[..., None] | None = None  # The one of the root, which copies of an fx.GraphModule lack.
     # Whether the patterns are of the calls in training mode, where these are others than in eval mode.
     training: bool = False
     places: Places | None = None  # Where the layers are, once installed; an fx.GraphModule has none.
-    forms: set[Any] = field(default_factory=set)  # The forms of arguments that the routes are known to hold for.
+    forms: set[Any] = field(default_factory=set)  # The forms of arguments that the layers were examined with.
     original: fx.Graph | None = None  # The graph that an fx.GraphModule had.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
     @property
     def routed(self) -> list[CallSite]:
         return [layer for layer in self.layers if layer.routed]
+
+    @property
+    def untested(self) -> list[CallSite]:
+        """The layers that are routed by a built-in pattern of which nothing has shown that it is right."""
+        return [layer for layer in self.routed if self.sites and layer.status == "to be tested"]
 
     def report(self, root: nn.Module) -> RewriteReport:
         """The layers with the graphs that they run, which are ``root``'s own if it is an ``fx.GraphModule``."""
@@ -85,74 +76,7 @@ def _graph_of(root: nn.Module, site: Site) -> fx.Graph:
     return site.layer._ltd_graph
 
 
-def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
-    """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
-    forward.
-
-    Args:
-        model: the root.
-        layers: all target layers, those to route marked as such.
-        state: what the sites share.
-        example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
-
-    Raises:
-        LTDError: a layer cannot be routed; nothing is changed.
-    """
-    rewrite = Rewrite(state, layers)
-    unknown = next((layer for layer in rewrite.routed if layer.pattern is None), None)
-    is_graph = isinstance(model, fx.GraphModule)
-    if unknown is not None and example_inputs is None and is_graph:
-        raise LTDError(
-            f"ltd_fx: {unknown.name} is a {unknown.layer_class}, for which no LayerPattern is known; pass "
-            "example_inputs to learn it from, or call ltd_fx.register_pattern"
-        )
-    state.root, state.layers = type(model).__name__, layers
-    # Only a forward shows that the layers of a route follow each other.
-    chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
-    if example_inputs is not None or (unknown is None and not chained):
-        install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
-    else:
-        refusing = (add_root_hook(model.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
-        rewrite.pending = (add_root_hook(model, _complete), *refusing)
-        model.__dict__[SCRIPTING] = refuse_scripting
-    if chained:
-        hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
-    else:
-        hooks = add_forward_hooks(model, before=() if is_graph else (check_places,))
-    rewrite.hooks = (*rewrite.hooks, *hooks)
-    model.__dict__[REWRITE] = rewrite
-    if state.scheduler is not None:
-        state.scheduler._attach(state)
-
-
-def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model whose patterns are to be inferred."""
-    if not root.training:
-        return
-    if is_replica(root):
-        refuse_replicas(root)
-    if torch.compiler.is_compiling():
-        raise LTDError(
-            "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
-            "larger compiled program; pass example_inputs to ltd_fx.transform"
-        )
-    torch.compiler.disable(install)(root, root.__dict__[REWRITE], (args, kwargs))
-
-
-def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: arguments of another form than any before (a ControlNet's residuals) may end a route."""
-    if torch.compiler.is_compiling() or not root.training:
-        return
-    rewrite = root.__dict__[REWRITE]
-    form = _form((args, kwargs))
-    if form not in rewrite.forms:
-        slots = {site.name: site.layer for site in rewrite.sites}
-        calls = torch.compiler.disable(Examination)(root, rewrite.routed, slots, (args, kwargs)).calls
-        check_calls(calls, targets=targets_of(rewrite.routed, slots))
-        rewrite.forms.add(form)
-
-
-def _form(inputs: Any) -> Any:
+def form_of(inputs: Any) -> Any:
     """(args, kwargs) without values: what is where, and the number of dimensions of tensors."""
     flat, _ = pytree.tree_flatten_with_path(inputs)
     kinds = ((path, leaf.ndim if isinstance(leaf, torch.Tensor) else type(leaf)) for path, leaf in flat)
@@ -173,7 +97,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     state, routed, examination = rewrite.state, rewrite.routed, None
     slots = {layer.name: model.get_submodule(layer.name) for layer in routed}
     if inputs is not None:
-        rewrite.forms.add(_form(inputs))
+        rewrite.forms.add(form_of(inputs))
         examination = Examination(model, routed, slots, inputs)
         routed = examination.accept_all(routed, shared=state.shared, protected=state.protected)
         rewrite.training = examination.training
@@ -201,9 +125,78 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     if not isinstance(model, fx.GraphModule):
         rewrite.places = Places(model, sites)
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
-    examined = {layer.name: layer for layer in routed}
-    rewrite.layers = [examined.get(layer.name, layer) for layer in rewrite.layers]
     rewrite.sites = sites
+    _set_examined(rewrite, routed)
+    trusted = sorted({layer.layer_class for layer in routed if layer.status == "trusted"})
+    if trusted:
+        warnings.warn(
+            f"ltd_fx: the pattern registered for {', '.join(trusted)} is trusted, for nothing has shown it right or "
+            "wrong; pass example_inputs to ltd_fx.transform, and see ltd_fx.summary(model) for why",
+            stacklevel=4,
+        )
+
+
+def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | None:
+    """Hold the built-in patterns that layers are routed by, without a proof, to a forward that calls these layers.
+
+    Layers that it does not call, or on a few tokens or little but padding, wait for another.
+
+    Args:
+        model: the root.
+        rewrite: gets the proofs.
+        inputs: (args, kwargs) of that forward.
+
+    Returns:
+        Why the forward cannot be watched; ``None`` if it can.
+
+    Raises:
+        LTDError: a pattern is wrong or nothing can be shown of it; what is installed stays, and the layers untested.
+    """
+    if rewrite.places is not None:
+        rewrite.places.check(model)
+    state, slots = rewrite.state, {site.name: site.layer for site in rewrite.sites}
+    with _unrouted(model, rewrite):
+        try:
+            examination = Examination(model, rewrite.untested, slots, inputs, learn=False)
+        except LTDError as error:  # It needs hooks that are not called, say. If it fails anyway, the user is told next.
+            rewrite.forms.add(form_of(inputs))
+            return f"where its forward cannot be watched ({str(error).removeprefix('ltd_fx: ')})"
+        shown, too_short = examination.divide(rewrite.untested, state.protected)
+        shown = examination.accept_all(shown, shared=state.shared, protected=state.protected)
+        targets, names = targets_of(shown, slots), {layer.name for layer in shown}
+        calls = [call for call in examination.calls if call.name in names]
+        check_calls(calls, targets=targets, sites={site.name: site for site in rewrite.sites})
+    if shown and not isinstance(model, fx.GraphModule):
+        examination.rehearse(rewrite.sites)
+    rewrite.training = rewrite.training or (bool(shown) and examination.training)
+    _set_examined(rewrite, shown)
+    if not too_short and all(layer.proof is not None for layer in shown):
+        rewrite.forms.add(form_of(inputs))
+    if not rewrite.untested:
+        _end_pending(model, rewrite)
+    return None
+
+
+@contextmanager
+def _unrouted(model: nn.Module, rewrite: Rewrite) -> Iterator[None]:
+    """Within, the model is as it was before it was transformed."""
+    if rewrite.original is None:
+        with as_they_were([site.layer for site in rewrite.sites]):
+            yield
+        return
+    assert isinstance(model, fx.GraphModule)
+    routed, forward = model.graph, type(model).forward
+    model.graph = rewrite.original
+    try:
+        yield
+    finally:
+        model.graph = routed
+        type(model).forward = forward  # the very same, for what was compiled from it
+
+
+def _set_examined(rewrite: Rewrite, layers: Sequence[CallSite]) -> None:
+    examined = {layer.name: layer for layer in layers}
+    rewrite.layers = [examined.get(layer.name, layer) for layer in rewrite.layers]
 
 
 def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
@@ -211,6 +204,7 @@ def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
     for hook in rewrite.pending:
         hook.remove()
     rewrite.pending = ()
+    rewrite.state.untested = False
     model.__dict__.pop(SCRIPTING, None)
 
 

@@ -52,7 +52,8 @@ class CallSite:
         routed: whether it sees a subset of the tokens in training.
         reason: of a dense layer, why.
         pattern: how it is routed; ``None`` of a dense layer, or while it is yet to be inferred.
-        proof: that it is right; ``None`` where ``transform`` got no ``example_inputs``.
+        vouched: whether the user registered that pattern: it is trusted where nothing is shown for or against it.
+        proof: that it is right; ``None`` where no forward has shown how the layer is called.
         graph: the rewritten graph that the layer runs; ``None`` of a dense layer.
         share: of the tokens, that it keeps where the schedule starts; ``None``: the scheduler's ``min_length``.
         route: name of the layer whose draw it uses, on a route over several layers; ``None``: its own.
@@ -65,6 +66,7 @@ class CallSite:
     routed: bool = False
     reason: str = ""
     pattern: LayerPattern | None = None
+    vouched: bool = False
     proof: Proof | None = None
     graph: fx.Graph | None = None
     share: float | None = None
@@ -75,6 +77,13 @@ class CallSite:
     def enters(self) -> bool:
         """Whether tokens leave at this layer, rather than at an earlier layer of its route."""
         return self.route in (None, self.name)
+
+    @property
+    def status(self) -> str:
+        """Of a routed layer: ``"proven"``, ``"tested"``, ``"trusted"`` or, as yet, ``"to be tested"``."""
+        if self.proof is None:
+            return "trusted" if self.vouched and self.pattern is not None else "to be tested"
+        return self.proof.status if self.proof.right else "trusted"
 
     @property
     def known_pattern(self) -> LayerPattern:
@@ -101,7 +110,9 @@ class CallSite:
         if self.pattern is None:
             return "to be inferred at the first training forward"
         if self.proof is None:
-            return "trusted, by its LayerPattern; not checked"
+            if self.vouched:
+                return "trusted, by its LayerPattern; not checked"
+            return "built-in pattern, to be tested at the first training forward"
         error = "" if self.proof.error is None else f", error {self.proof.error:.0e}"
         if self.proof.status == "proven":
             return f"proven{error}"

@@ -8,7 +8,7 @@ from torch import nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.call_site import CallSite
-from ltd_fx.learn.patterns import find_pattern_maybe, is_known
+from ltd_fx.learn.patterns import find_pattern_maybe, is_known, is_registered
 from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -24,7 +24,8 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
     for path in find_layers(model, layers):
         name = path.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
         layer, stack = layer_in(model.get_submodule(name)), name.rpartition(".")[0]
-        site = CallSite(name, type(layer).__name__, stack, pattern=find_pattern_maybe(layer))
+        pattern, vouched = find_pattern_maybe(layer), is_registered(layer)
+        site = CallSite(name, type(layer).__name__, stack, pattern=pattern, vouched=vouched)
         stacks.setdefault(stack, []).append(site)
     return list(stacks.values())
 

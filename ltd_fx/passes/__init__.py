@@ -14,6 +14,7 @@ from ltd_fx.passes.routed_layer import (
     SCRIPTING,
     SITE,
     RoutedLayer,
+    as_they_were,
     is_routed_forward,
     refuse_replicas,
     refuse_scripting,

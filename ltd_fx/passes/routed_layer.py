@@ -6,7 +6,8 @@ still holds.
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -201,3 +202,18 @@ def swap_back(slot: nn.Module) -> None:
     slot.__class__ = slot._ltd_base  # type: ignore[assignment]
     delattr(slot, SITE)
     del slot.__dict__["forward"]
+
+
+@contextmanager
+def as_they_were(slots: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, routed layers are what they were before :func:`swap_class`; then again what became of them since."""
+    before = [(slot, slot.__class__, getattr(slot, SITE), slot.__dict__["forward"]) for slot in slots]
+    for slot in slots:
+        swap_back(slot)
+    try:
+        yield
+    finally:
+        for slot, routed, site, forward in before:
+            slot.__class__ = routed
+            setattr(slot, SITE, site)
+            slot.__dict__["forward"] = forward

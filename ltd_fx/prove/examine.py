@@ -1,6 +1,6 @@
 """From example inputs to proven patterns: probe, infer, prove."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from ltd_fx.learn import (
     Sandbox,
     by_name,
     describe,
-    is_registered,
     layer_in,
     likeness,
     observe,
@@ -26,7 +25,7 @@ from ltd_fx.learn import (
     stream,
     structure,
 )
-from ltd_fx.prove.proof import prove
+from ltd_fx.prove.proof import FEWEST, TOO_FEW, prove
 from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
@@ -41,12 +40,25 @@ class Examination:
     Shapes are learnt under fake tensors, where the model runs on them; values (masks, rotary tables) come from a
     forward on a few tokens of a few sequences, where the inputs can be narrowed to them. Both are of eval mode, where
     nothing is left out by chance, unless training calls the layers in another way (with fewer patches, say).
+
+    Args:
+        model: left as it was.
+        layers: what is known of them.
+        slots: the layers by name, none of them routed.
+        inputs: (args, kwargs) of one forward.
+        learn: whether another pattern may take the place of one that is built in.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[CallSite], slots: Mapping[str, nn.Module], inputs: Any
+        self,
+        model: nn.Module,
+        layers: Sequence[CallSite],
+        slots: Mapping[str, nn.Module],
+        inputs: Any,
+        *,
+        learn: bool = True,
     ) -> None:
-        self._model, self._slots, self._inputs = model, slots, inputs
+        self._model, self._slots, self._inputs, self._learn = model, slots, inputs, learn
         self._sandbox = Sandbox(model)
         self._kinds = {layer.name: (layer.pattern, likeness(slots[layer.name])) for layer in layers}
         self._fake, self.training = True, False
@@ -61,6 +73,17 @@ class Examination:
         learner = partial(Learner, model, slots, inputs, self.first_calls, sandbox=self._sandbox, kinds=self._kinds)
         self._learner = learner(training=self.training, fake=self._fake)
         self._values: dict[tuple[int, int | None], Mapping[str, Call]] = {}
+
+    def divide(self, layers: Sequence[CallSite], protected: int) -> tuple[list[CallSite], list[CallSite]]:
+        """Of ``layers`` those that are called on tokens enough to be examined, and those called on fewer."""
+        shown: list[CallSite] = []
+        too_short: list[CallSite] = []
+        for layer in layers:
+            if layer.name in self.first_calls:
+                hidden = stream(self.first_calls[layer.name])
+                seq_len = 0 if hidden is None else hidden.shape[int(layer.known_pattern.batch_first)]
+                (shown if hidden is None or seq_len >= max(FEWEST, protected + 2) else too_short).append(layer)
+        return shown, too_short
 
     def _observe(self, inputs: Any) -> list[Call]:
         return observe(
@@ -155,10 +178,7 @@ class Examination:
             how = partial(prove, layer.name, self._slots[layer.name], pattern)
             how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
             try:
-                proof = how(self._call(layer, seq_dim, _TOKENS))
-                if proof.status == "tested" and (proof.counts or self._has_table(layer, seq_dim)):
-                    # A window or a table may only show at full length.
-                    proof = how(self._call(layer, seq_dim, None))
+                proof = self._try(layer, seq_dim, how)
             except LTDError as error:
                 failure = failure or str(error)
                 continue
@@ -171,6 +191,17 @@ class Examination:
             raise LTDError(failure)
         return best
 
+    def _try(self, layer: CallSite, seq_dim: int, how: Callable[[Call], Proof]) -> Proof:
+        """The layer's proof ``how`` it is called with a few tokens, and with more where these may not show it."""
+        hidden, tokens = stream(self.first_calls[layer.name]), _TOKENS
+        proof = how(self._call(layer, seq_dim, tokens))
+        while proof.reason == TOO_FEW and hidden is not None and tokens < hidden.shape[seq_dim]:
+            tokens *= 4  # The first ones may all be padding.
+            proof = how(self._call(layer, seq_dim, tokens))
+        if proof.status == "tested" and (proof.counts or self._has_table(layer, seq_dim)):
+            return how(self._call(layer, seq_dim, None))  # A window or a table may only show at full length.
+        return proof
+
     def accept_all(self, layers: Sequence[CallSite], *, shared: bool, protected: int) -> list[CallSite]:
         """As :meth:`accept`; layers that are alike and called alike are proven by two of them."""
         accepted: dict[str, CallSite] = {}
@@ -180,12 +211,12 @@ class Examination:
                 accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
             else:
                 like = accepted[sample]
-                assert like.proof is not None
-                accepted[layer.name] = replace(layer, pattern=like.pattern, proof=replace(like.proof, name=layer.name))
+                proof = like.proof and replace(like.proof, name=layer.name)
+                accepted[layer.name] = replace(layer, pattern=like.pattern, proof=proof)
         return list(accepted.values())
 
     def accept(self, layer: CallSite, *, shared: bool, protected: int) -> CallSite:
-        """The layer with what :meth:`examine` found; one that may not be routed is refused.
+        """The layer with what :meth:`examine` found, if it found anything; one that may not be routed is refused.
 
         Raises:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
@@ -198,16 +229,20 @@ class Examination:
                 raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
             if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
                 proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
-        if proof.status == "wrong" or (proof.status == "not verifiable" and layer.pattern is None):
+        if proof.reason == TOO_FEW and not self._learn:
+            return layer
+        if proof.status == "wrong" or (proof.status == "not verifiable" and not layer.vouched):
             if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "tested":
                 raise LTDError(
                     f"{what} where each sequence keeps tokens of its own: it shares a table among all sequences; pass "
                     "sampling='shared'"
                 )
             size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
+            another = "" if self._learn else "pass example_inputs to transform, for another to be learnt, "
+            built_in = "" if self._learn else " by its built-in pattern"
             raise LTDError(
-                f"{what}, {proof.status}: {proof.reason}{size}; leave it out with transform(..., layers=...), or "
-                "register a LayerPattern for its class"
+                f"{what}{built_in}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
+                "transform(..., layers=...), or register a LayerPattern for its class"
             )
         return replace(layer, pattern=pattern, proof=replace(proof, learnt=self._learner.way(layer.name, pattern)))
 
@@ -219,11 +254,11 @@ class Examination:
         return how(shared=shared, protected=protected)
 
     def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
-        """The known pattern; then, unless the user registered it, those that could be, the likeliest first."""
+        """The known pattern; then, where another may be learnt, those that could be, the likeliest first."""
         module = layer_in(self._slots[layer.name])
         if layer.pattern is not None:
             yield layer.pattern
-            if is_registered(module):
+            if layer.vouched or not self._learn:
                 return
         try:
             for hypothesis in self._learner.hypotheses(layer.name, type(module)):

@@ -27,8 +27,12 @@ _POOL = 65537
 # The largest error that is rounding: of some hundred operations in float64; and in float32, which some kernels add in
 # another order.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Of fewer tokens than this, in a sequence, half leave nothing to compare.
+FEWEST = 4
 # Of fewer tokens than this, in all sequences, one draw may agree by chance.
 _FEW = 256
+# Where most of the tokens are padding.
+TOO_FEW = "too few tokens can attend to others"
 
 
 def prove(
@@ -76,8 +80,8 @@ def prove(
             raise
         except _WrongError as failure:
             return Proof(name, layer_class.__name__, "wrong", failure.size, str(failure))
-        except Exception as failure:
-            reason = f"the dense layer fails: {type(failure).__name__}: {failure}"
+        except _LayerError as failure:
+            reason = f"the dense layer fails: {failure}"
             continue
         error = max(result.error for result in results)
         if not any(result.attends for result in results):
@@ -98,6 +102,10 @@ class _WrongError(Exception):
     def __init__(self, reason: str, size: float | None = None) -> None:
         super().__init__(reason)
         self.size = size
+
+
+class _LayerError(Exception):
+    """What the layer itself raises. Whatever else is raised here is our mistake, and no property of the layer."""
 
 
 class _Comparison(NamedTuple):
@@ -145,7 +153,13 @@ def _compare(
             bound.arguments[pattern.cache] = None
         bound.arguments.update(map_tensors(partial(_cast, dtype), dict(bound.arguments)))
         with torch.random.fork_rng([]), torch.autocast(given.device.type, enabled=False), DefaultDtype(dtype):
-            return _outputs(layer(*bound.args, **bound.kwargs), pattern)
+            try:
+                output = layer(*bound.args, **bound.kwargs)
+            except LTDError:
+                raise
+            except Exception as error:
+                raise _LayerError(f"{type(error).__name__}: {error}") from error
+            return _outputs(output, pattern)
 
     reference, other, blind, unblocked, counted = dense_reference(run, hidden, kept)
     seen = kept & ~blind
@@ -173,8 +187,8 @@ def _compare(
             routed = run_plain(run, hidden)
     except LTDError as error:
         raise _WrongError(str(error).removeprefix("ltd_fx: ")) from error
-    except Exception as error:
-        raise _WrongError(f"on fewer tokens it fails: {type(error).__name__}: {error}") from error
+    except _LayerError as error:
+        raise _WrongError(f"on fewer tokens it fails: {error}") from error
     finally:
         swap_back(layer)
     if [t.shape for t in routed] != [t.shape for t in reference]:
@@ -183,7 +197,7 @@ def _compare(
         raise _WrongError("dropped tokens do not pass unchanged")
     size = _difference(routed, reference, seen)
     if 4 * seen.sum() < kept.sum():
-        raise NotVerifiableError("too few tokens can attend to others")
+        raise NotVerifiableError(TOO_FEW)
     if size > atol:
         raise _WrongError("kept tokens differ from the dense layer's", size)
     attends = _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps
@@ -197,7 +211,7 @@ def _cast(dtype: torch.dtype, value: Tensor) -> Tensor:
 def _draw(batch: int, seq_len: int, shared: bool, protected: int, seed: int) -> Tensor:
     """``[B | 1, k]``: half of the tokens at first, then a third, but at least two and never all."""
     keep = max(seq_len // (1 + seed), 2, protected + 1)
-    if keep >= seq_len or seq_len < 4:
+    if keep >= seq_len or seq_len < FEWEST:
         raise LTDError(
             f"ltd_fx: hidden states of {seq_len} tokens ({protected} of them protected) are too short to prove how a "
             "layer is routed; give longer example inputs (or is `batch_first` wrong?)"
@@ -217,7 +231,11 @@ def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
 
 def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
     # Its hooks are left out, for they may hold all of the user's program.
-    layer = copy.deepcopy(slot, {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)})
+    memo: dict[int, Any] = {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)}
+    try:
+        layer = copy.deepcopy(slot, memo)
+    except Exception as error:
+        raise NotVerifiableError(f"it cannot be copied: {type(error).__name__}: {error}") from error
     if isinstance(layer, RoutedLayer):
         swap_back(layer)
     layer = layer.to(dtype).eval()

@@ -10,4 +10,4 @@ from ltd_fx.runtime.ranks import gather_from_ranks
 from ltd_fx.runtime.records import Draw, Site, Span
 from ltd_fx.runtime.replay import sampled_indices
 from ltd_fx.runtime.split_merge import merge_output, split_hidden
-from ltd_fx.runtime.state import Protect, RouteState
+from ltd_fx.runtime.state import UNTESTED, Protect, RouteState

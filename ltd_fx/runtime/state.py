@@ -1,6 +1,7 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -18,6 +19,9 @@ from ltd_fx.schedule import LTDScheduler, ReservedLength
 from ltd_fx.torch_private import allow_side_effects
 
 Protect = int | str | Callable[[Tensor], Tensor] | None
+
+
+UNTESTED = "ltd_fx: layers' built-in patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
 
 
 class Member(Protocol):
@@ -67,6 +71,7 @@ class RouteState:
         self.device = torch.device("cpu")
         self.sites: list[Member] = []
         self.warned = False
+        self.untested = False  # Whether layers wait for a test of their built-in patterns, and nobody was told.
         self.root = ""  # The class of the module whose forwards bring new keys, if there is one.
         self.under_way = False  # Whether a training forward of that module is under way.
         self._grad = True  # Whether that forward has a backward.
@@ -150,8 +155,16 @@ class RouteState:
                 f"protect={self.protect!r} is an argument of that call. Call that module (not its forward method), or "
                 "ltd_fx.restore it and transform the one that you call"
             )
+        if not torch.compiler.is_compiling():
+            self.warn_untested("where the model's forward, or a layer, is called past the model's own call")
         self.key = self.key + 1
         self._grad = True
+
+    def warn_untested(self, where: str) -> None:
+        """Say, once, that layers are routed by patterns that nothing has shown to be right."""
+        if self.untested:
+            self.untested = False
+            warnings.warn(UNTESTED.format(where), stacklevel=2)
 
     def refuse_cache(self, name: str) -> None:
         """Raise :class:`LTDError`: ``name`` is given a key-value cache with tokens in training.

@@ -111,6 +111,15 @@ def dispatched(function: Callable[[], Any]) -> list[Any]:
     return seen
 
 
+def test_without_modes() -> None:
+    def function() -> None:
+        with torch_private.without_modes():
+            torch.zeros(2) + 1
+        torch.ones(2)
+
+    assert dispatched(function) == [torch.ops.aten.ones.default]
+
+
 def test_softmaxes_under_torch_dispatch_mode() -> None:
     scores = torch.randn(1, 2, 3, 3, requires_grad=True)
     softmax, safe_softmax = torch_private.SOFTMAXES

@@ -1,0 +1,166 @@
+"""``transform``'s last step: rewrite a model now; what no example inputs show waits for the first training forward."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ltd_fx.errors import LTDError
+from ltd_fx.install.graph_module import targets_of
+from ltd_fx.install.hooks import (
+    REWRITE,
+    add_forward_hooks,
+    add_root_hook,
+    check_places,
+    check_routes,
+    refuse_unlearnt,
+)
+from ltd_fx.install.in_place import Rewrite, form_of, install, test_installed
+from ltd_fx.learn import CallSite, split_inputs
+from ltd_fx.passes import SCRIPTING, check_calls, refuse_replicas, refuse_scripting
+from ltd_fx.prove import Examination
+from ltd_fx.runtime import UNTESTED, RouteState
+from ltd_fx.torch_private import (
+    at_compile_time,
+    is_fake,
+    is_functorch_wrapped_tensor,
+    is_replica,
+    pytree,
+    without_modes,
+)
+
+
+def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
+    """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
+    forward.
+
+    Args:
+        model: the root.
+        layers: all target layers, those to route marked as such.
+        state: what the sites share.
+        example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
+
+    Raises:
+        LTDError: a layer cannot be routed; nothing is changed.
+    """
+    rewrite = Rewrite(state, layers)
+    unknown = next((layer for layer in rewrite.routed if layer.pattern is None), None)
+    is_graph = isinstance(model, fx.GraphModule)
+    if unknown is not None and example_inputs is None and is_graph:
+        raise LTDError(
+            f"ltd_fx: {unknown.name} is a {unknown.layer_class}, for which no LayerPattern is known; pass "
+            "example_inputs to learn it from, or call ltd_fx.register_pattern"
+        )
+    state.root, state.layers = type(model).__name__, layers
+    # Only a forward shows that the layers of a route follow each other.
+    chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
+    if example_inputs is not None or (unknown is None and not chained):
+        install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
+        if rewrite.untested:
+            state.untested, rewrite.first_hook = True, _test
+            rewrite.pending = (add_root_hook(model, _test),)
+    else:
+        refusing = (add_root_hook(model.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
+        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+        model.__dict__[SCRIPTING] = refuse_scripting
+    if chained:
+        hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
+    else:
+        hooks = add_forward_hooks(model, before=() if is_graph else (check_places,))
+    rewrite.hooks = (*rewrite.hooks, *hooks)
+    model.__dict__[REWRITE] = rewrite
+    if state.scheduler is not None:
+        state.scheduler._attach(state)
+
+
+def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
+    """Do at once what waits for the first training forward, if anything does.
+
+    Args:
+        model: the root.
+        rewrite: gets the sites, patterns and proofs.
+        inputs: (args, kwargs) of one forward.
+
+    Raises:
+        LTDError: a layer cannot be routed.
+    """
+    if rewrite.pending and not rewrite.sites:
+        install(model, rewrite, inputs)
+    elif rewrite.untested and _obstacle(model, inputs) is None:
+        test_installed(model, rewrite, inputs)
+
+
+def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose patterns are to be inferred."""
+    if not root.training:
+        return
+    if is_replica(root):
+        refuse_replicas(root)
+    if torch.compiler.is_compiling():
+        raise LTDError(
+            "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
+            "larger compiled program; pass example_inputs to ltd_fx.transform"
+        )
+    torch.compiler.disable(install)(root, root.__dict__[REWRITE], (args, kwargs))
+
+
+def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model whose layers are routed by built-in patterns that are yet to be tested."""
+    if not root.training:
+        return
+    if is_replica(root):
+        refuse_replicas(root)
+    if torch.compiler.is_compiling():
+        at_compile_time(_warn_compiled)
+    else:
+        torch.compiler.disable(_test_by)(root, (args, kwargs))
+
+
+def _test_by(root: nn.Module, inputs: Any) -> None:
+    rewrite = root.__dict__[REWRITE]
+    obstacle = _obstacle(root, inputs)
+    if obstacle is None and form_of(inputs) not in rewrite.forms:
+        with without_modes():  # The user's may count what a forward costs.
+            obstacle = test_installed(root, rewrite, inputs)
+    if obstacle:
+        rewrite.state.warn_untested(obstacle)
+
+
+def _obstacle(root: nn.Module, inputs: Any) -> str | None:
+    """Why a forward cannot be watched and repeated on numbers; empty where that is no loss, for another can."""
+    leaves = pytree.tree_leaves(inputs)
+    if any(hasattr(leaf, "get_seq_length") for leaf in leaves):
+        return ""  # a key-value cache, which watching would fill
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [*given, *root.parameters(), *root.buffers()]
+    if torch.is_inference_mode_enabled() or any(is_fake(t) or t.device.type == "meta" for t in tensors):
+        return ""  # nobody trains there
+    if any(map(is_functorch_wrapped_tensor, tensors)):
+        return "within a transformation of torch.func"
+    if any(type(tensor) not in _PLAIN for tensor in given):
+        return "on tensors of a class of their own (distributed ones)"
+    if any(type(t) not in _PLAIN or t.numel() == 0 for t in root.parameters()):
+        return "while parameters are sharded, or of a class of their own (quantized ones)"
+    return None
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _warn_compiled(context: Any) -> None:
+    warnings.warn(UNTESTED.format("within torch.compile of a larger program"), stacklevel=2)
+
+
+def _check_form(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: arguments of another form than any before (a ControlNet's residuals) may end a route."""
+    if torch.compiler.is_compiling() or not root.training:
+        return
+    rewrite = root.__dict__[REWRITE]
+    form = form_of((args, kwargs))
+    if form not in rewrite.forms:
+        slots = {site.name: site.layer for site in rewrite.sites}
+        calls = torch.compiler.disable(Examination)(root, rewrite.routed, slots, (args, kwargs)).calls
+        check_calls(calls, targets=targets_of(rewrite.routed, slots))
+        rewrite.forms.add(form)
