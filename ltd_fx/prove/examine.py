@@ -32,6 +32,8 @@ from ltd_fx.runtime import Site
 
 # Enough to tell any two ways of routing apart.
 _TOKENS, _SEQUENCES = 12, 2
+# Enough for most windows to show, and no more than a test of all attention scores can hold.
+_MANY_TOKENS = 512
 
 
 class Examination:
@@ -221,18 +223,14 @@ class Examination:
         Raises:
             LTDError: the proof fails; or it cannot be made, and nobody vouches for the pattern.
         """
-        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        pattern, proof, verdict = self._shown(layer, shared, protected)
         what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
-        if proof.status != "wrong":
-            verdict = self._judge(layer, pattern, shared, protected)
-            if verdict.mixes:
-                raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
-            if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
-                proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
+        if verdict.mixes:
+            raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
         if proof.reason == TOO_FEW and not self._learn:
             return layer
         if proof.status == "wrong" or (proof.status == "not verifiable" and not layer.vouched):
-            if not shared and self.examine(layer, shared=True, protected=protected)[1].status == "tested":
+            if not shared and self._shown(layer, True, protected)[1].right:
                 raise LTDError(
                     f"{what} where each sequence keeps tokens of its own: it shares a table among all sequences; pass "
                     "sampling='shared'"
@@ -245,6 +243,18 @@ class Examination:
                 "transform(..., layers=...), or register a LayerPattern for its class"
             )
         return replace(layer, pattern=pattern, proof=replace(proof, learnt=self._learner.way(layer.name, pattern)))
+
+    def _shown(self, layer: CallSite, shared: bool, protected: int) -> tuple[LayerPattern, Proof, Verdict]:
+        """What the test and token flow say together."""
+        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        verdict = Verdict() if proof.status == "wrong" else self._judge(layer, pattern, shared, protected)
+        if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
+            how = partial(prove, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
+            many = self._call(layer, int(pattern.batch_first), _MANY_TOKENS)
+            proof = how(many, shared=shared, protected=protected)
+        if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
+            proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
+        return pattern, proof, verdict
 
     def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:
         """What token flow says of the layer as it is called at full length."""
