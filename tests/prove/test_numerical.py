@@ -1,0 +1,106 @@
+"""The numerical test by itself, without token flow: each of its strengths shows a wrong layer that no other does."""
+
+from typing import Any
+
+import pytest
+import torch
+from attend import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ltd_fx
+from ltd_fx import LayerPattern, LTDError
+from ltd_fx.learn import Call, Proof, Sandbox
+from ltd_fx.prove.proof import prove
+
+DIM, TOKENS = 16, 12
+
+
+class Plain(nn.Module):
+    def __init__(self, number: int = 0) -> None:
+        super().__init__()
+        self.number, self.attention = number, Attention(DIM, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+def proof_of(layer: nn.Module) -> Proof:
+    call = Call("it", (torch.randn(2, TOKENS, DIM),), {}, None)
+    return prove("it", layer, LayerPattern(hidden="x", output=None), call, sandbox=Sandbox(layer))
+
+
+class Slightly(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1e-7 * torch.arange(x.shape[1])[:, None]
+
+
+class InTraining(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.arange(x.shape[1])[:, None] if self.training else x)
+
+
+class ZeroTable(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(TOKENS, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.table[: x.shape[1]])
+
+
+@pytest.mark.parametrize("layer", [Slightly, InTraining, ZeroTable])
+def test_a_wrong_layer_that_one_strength_shows(layer: type[nn.Module]) -> None:
+    """A tolerance of rounding alone; training mode; tables that are yet to be filled."""
+    assert proof_of(Plain()).status == "tested"
+    proof = proof_of(layer())
+    assert proof.status == "wrong"
+    assert proof.reason == "kept tokens differ from the dense layer's"
+
+
+class Random(Plain):
+    """What training leaves to chance, in all the ways that libraries write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(super().forward(x), 0.5, self.training)
+        if not self.training:
+            return y
+        y = y * y.new_empty(len(y), 1, 1).bernoulli_(0.5).div_(0.5)
+        y = y * (0.9 + torch.rand(len(y), 1, 1)).floor() + torch.randn_like(y)
+        y = y * torch.empty_like(y).uniform_(0.9, 1.1) * torch.bernoulli(torch.full_like(y, 0.5))
+        return y + F.scaled_dot_product_attention(y, y, y, dropout_p=0.5)
+
+
+def test_nothing_is_left_to_chance() -> None:
+    assert proof_of(Random()).status == "tested"
+
+
+class Stack(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make(number) for number in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class WhenLong(Plain):
+    """Of more than 16 tokens it is another; by a number of which token flow knows nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * float(x.shape[1] // 17))
+
+
+class ByNumber(Plain):
+    """The fourth is another than its like, by an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + float(x.shape[1]) if self.number == 3 else x)
+
+
+@pytest.mark.parametrize(("layer", "name"), [(WhenLong, "layers.1"), (ByNumber, "layers.3")])
+def test_a_wrong_layer_that_shows_at_length_or_in_one_of_its_kind(layer: type[nn.Module], name: str) -> None:
+    with pytest.raises(LTDError, match=rf"{name} .*kept tokens differ"):
+        ltd_fx.transform(Stack(layer).train(), layers=layer, example_inputs=(torch.randn(2, 64, DIM),))
