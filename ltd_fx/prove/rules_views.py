@@ -63,8 +63,7 @@ def permute(op: Op) -> Value:
 
 @rule("movedim moveaxis")
 def movedim(op: Op) -> Value:
-    value = op.value("self")
-    ndim = len(value.axes)
+    ndim = len((value := op.value("self")).axes)
     source, target = ([x] if isinstance(x, int) else list(x) for x in (op["source"], op["destination"]))
     order: list[int | None] = [None] * ndim
     for s, t in zip(source, target, strict=True):
