@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of, has_tokens
+from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of, has_tokens, size_of
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, storage_of, written_by
 from ltd_fx.torch_private_sizes import size_expr
@@ -173,6 +173,20 @@ class Flow:
         return max(flaws, key=lambda flaw: bool(flaw.mixes))
 
     def _evaluate(self, node: fx.Node) -> Any:
+        if any(self._is_of_values(each) for each in node.all_input_nodes):
+            raise UnknownError("it goes by a number that was taken of a tensor")
+        made, found = node.meta["val"], self._value(node)
+        if isinstance(made, Tensor) and [size_of(a) for a in found.axes] != [size_expr(n) for n in made.shape]:
+            raise UnknownError("its axes cannot be told")
+        return found
+
+    def _is_of_values(self, node: fx.Node) -> bool:
+        """Whether the node is a number that came of a tensor's values, not of the length alone."""
+        value = node.meta.get("val")
+        numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
+        return isinstance(value, numbers) and bool(size_expr(value).free_symbols - {self.length})
+
+    def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return next(self._inputs)
         if node.op == "get_attr":

@@ -7,6 +7,8 @@ A rule takes an :class:`~ltd_fx.prove.flow.Op` and returns the value of the resu
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ltd_fx.prove.flow import Op, rule
 from ltd_fx.prove.values import (
     Kind,
@@ -46,7 +48,8 @@ def elementwise(op: Op) -> Any:
     if any(value.kind is Kind.POSITION and not value.axes for value in operands) and any(v.hidden for v in operands):
         raise MixesError("it makes a number of the length")
     if name in _SAME and operands[0].kind in (Kind.RANK, Kind.POSITION):
-        return operands[0]
+        counts = op.out.dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
+        return operands[0] if counts else replace(operands[0], kind=Kind.POSITION, offset=None)
     ranks = [value for value in operands if value.kind is Kind.RANK]
     axes = broadcast(operands)
     if name == "sub" and len(ranks) == len(operands) == 2 and op["alpha"] == 1 and _same_sequence(ranks):
@@ -116,7 +119,7 @@ def constant_like(op: Op) -> Value:
 def arange(op: Op) -> Value:
     axes = op.axes(op.out.shape)
     if not any(map(has_tokens, axes)):
-        return Value(Kind.FIXED, axes)
+        return join(op.operands(), axes)
     start, step = op["start"] or 0, op["step"] or 1
     if step != 1 or not isinstance(start, int):
         return Value(Kind.POSITION, axes)
@@ -170,6 +173,8 @@ def along(op: Op) -> Any:
         raise UnknownError("it goes along the tokens")
     made = op.out if isinstance(op.out, (tuple, list)) else [op.out]
     (d,) = dims if len(dims) == 1 else (None,)
+    if "shifts" in op.names and op.operands()[1:]:
+        raise UnknownError("it goes along by a number of the length")
     axes = tuple(op.axis(made[0].shape[i]) if i == d else axis for i, axis in enumerate(value.axes))
     result = join([value], axes)
     return [result] * len(made) if isinstance(op.out, (tuple, list)) else result

@@ -31,6 +31,8 @@ def contract(a: Value, b: Value) -> Value:
     axes = (*lead, a.axes[-2], b.axes[-1])
     if not summed:
         return join([a, b], axes, linear=True)
+    if a.axes[-1] != b.axes[-2]:
+        raise UnknownError("tokens lie along its inputs' axes in different ways")
     for weights, others, d in ((a, b, -1), (b, a, -2)):
         if weights.kind is Kind.WEIGHTS and normalised_axis(weights) == len(weights.axes) + d:
             if others.kind is Kind.WEIGHTS:
@@ -64,8 +66,18 @@ def einsum(op: Op) -> Value:
         if axis
     }
     summed = {letter for letter in axes if letter not in output and has_tokens(axes[letter])}
+    if any(
+        axes[n] != axis
+        for names, v in zip(letters, operands, strict=True)
+        for n, axis in zip(names, v.axes, strict=True)
+        if axis
+    ):
+        raise UnknownError("tokens lie along its inputs' axes in different ways")
     result = tuple(axes.get(letter, ()) for letter in output)
     if not summed:
+        for names, v in zip(letters, operands, strict=True):
+            if v.kind is Kind.WEIGHTS and "".join(n for n in output if n in names) != names:
+                raise UnknownError("attention weights in another order")
         return join(operands, result, linear=True)
     if any(value.kind in (Kind.RANK, Kind.POSITION, Kind.STATE) for value in operands):
         raise UnknownError("a sum over tokens of what is no hidden states")
@@ -106,6 +118,8 @@ def attention(op: Op) -> Value:
         raise MixesError("it goes by a state that it changes")
     if any(v.kind is Kind.WEIGHTS for v in given):
         raise UnknownError("attention weights are changed")
+    if key.axes[-2] != value.axes[-2]:
+        raise UnknownError("keys and values of different sequences")
     if op["is_causal"] and query.axes[-2] != key.axes[-2]:
         raise UnknownError("causal attention between different sequences")
     lead = broadcast(

@@ -63,8 +63,7 @@ def permute(op: Op) -> Value:
 
 @rule("movedim moveaxis")
 def movedim(op: Op) -> Value:
-    value = op.value("self")
-    ndim = len(value.axes)
+    ndim = len((value := op.value("self")).axes)
     source, target = ([x] if isinstance(x, int) else list(x) for x in (op["source"], op["destination"]))
     order: list[int | None] = [None] * ndim
     for s, t in zip(source, target, strict=True):
@@ -77,6 +76,8 @@ def movedim(op: Op) -> Value:
 def expand(op: Op) -> Value:
     """Axes of size 1 repeated; others as they are, or repeated where they carry no tokens."""
     value, axes = op.operands()[0], []
+    if value.kind is Kind.WEIGHTS and sum(map(has_tokens, op.axes(op.out.shape))) != len(value.token_axes()):
+        raise UnknownError("attention weights are repeated")
     for d, size in zip(range(-len(op.out.shape), 0), _sizes(op), strict=True):
         before: Axis = value.axes[d] if len(value.axes) >= -d else ()
         if size_of(before) == size:
@@ -120,6 +121,8 @@ def part(op: Op) -> Value:
     if size_of(before) == size:
         return value
     if has_tokens(before):
+        if op.name == "slice" and op["step"] != 1:
+            _refuse_part(value, before)
         start = size_expr(op["start"] or 0)
         start = start + size_of(before) if start.is_Integer and start < 0 else start
         return value.with_axes(_replaced(value.axes, d, _part_of(value, before, start, size)))
@@ -181,7 +184,7 @@ def _refuse_part(value: Value, axis: Axis) -> None:
 def diagonal(op: Op) -> Value:
     if any(value.token_axes() for value in op.operands()):
         raise UnknownError("a diagonal of tokens")
-    return Value(Kind.FIXED, op.axes(op.out.shape))
+    return join(op.operands(), op.axes(op.out.shape))
 
 
 # ---- joins
@@ -224,6 +227,8 @@ def pad(op: Op) -> Value:
     for i, d in enumerate(range(len(value.axes) - 1, len(value.axes) - 1 - len(amounts) // 2, -1)):
         if has_tokens(value.axes[d]) and any(amounts[2 * i : 2 * i + 2]):
             raise UnknownError("tokens are padded")
+        if not has_tokens(value.axes[d]) and has_tokens(op.axis(op.out.shape[d])):
+            raise UnknownError("features are padded to the length")
     return join(
         [value],
         tuple(axis if has_tokens(axis) else op.axis(n) for axis, n in zip(value.axes, op.out.shape, strict=True)),

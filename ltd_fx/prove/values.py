@@ -119,6 +119,8 @@ def join(values: Sequence[Value], axes: tuple[Axis, ...], *, linear: bool = Fals
             raise UnknownError("attention weights are changed")
         if hidden and kinds & {Kind.RANK, Kind.POSITION}:
             raise MixesError("it counts positions among the tokens that are there")
+        if kinds & {Kind.RANK, Kind.POSITION}:
+            raise UnknownError("attention weights are changed")
         weights = [value for value in values if value.kind is Kind.WEIGHTS]
         others = [value for value in values if value.kind is not Kind.WEIGHTS and has_any_tokens(value)]
         if len(weights) > 1 or others:

@@ -201,6 +201,16 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
     "linear attention": lambda m, x: m.q(x) @ (m.k(x).mT @ m.v(x)),
     "attention of features": lambda m, x: ((x.mT @ x).softmax(-1) @ x.mT).mT,
     "values decide": lambda m, x: x if x.sum() > 0 else -x,
+    "a number of its values": lambda m, x: x * x.mean().item(),
+    "keys and values of other tokens": lambda m, x: F.scaled_dot_product_attention(
+        x, torch.cat([m.table[:2].expand(2, -1, -1), x], 1), torch.cat([x, m.table[:2].expand(2, -1, -1)], 1)
+    ),
+    "weights repeated": lambda m, x: x[..., 0].softmax(-1)[:, None].expand(2, x.shape[1], x.shape[1]).mT @ x,
+    "every second key": lambda m, x: F.scaled_dot_product_attention(
+        x, *[F.conv1d(x.mT, m.point.weight, stride=2).mT] * 2
+    ),
+    "features padded": lambda m, x: m.attend(x, (F.pad(x, (0, x.shape[1] - DIM)) > 0)[:, None]),
+    "weights times the length": lambda m, x: (torch.zeros(2 * [x.shape[1]]).softmax(-1) * x.shape[1]) @ x,
     "the batch as the sequence": lambda m, x: x.reshape(x.shape[1], x.shape[0], DIM).transpose(0, 1),
 }
 
