@@ -86,7 +86,11 @@ class Op:
         return {int(d) % max(ndim, 1) for d in given} if given else set(range(ndim))
 
     def axis(self, size: Any) -> Axis:
-        return axis_of(size_expr(size), self.flow.length, self.flow.protected)
+        return self.axis_of(size_expr(size))
+
+    def axis_of(self, size: Any) -> Axis:
+        """The axis of a new tensor, by the expression of its size."""
+        return axis_of(size, self.flow.length, self.flow.protected)
 
     def axes(self, shape: Sequence[Any]) -> tuple[Axis, ...]:
         """The axes of a new tensor."""
@@ -109,6 +113,8 @@ class Flow:
         self._flaws: dict[fx.Node, Verdict] = {}
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}
+        operators = (node for node in graph.nodes if isinstance(node.target, OpOverload))
+        self._written = {node.args[0] for node in operators if schema_of(node.target).is_mutable}
 
     def is_length(self, node: fx.Node) -> bool:
         """Whether the node is a number that depends on the length."""
@@ -188,7 +194,9 @@ class Flow:
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return next(self._inputs)
+            value = next(self._inputs)
+            keeps = node in self._written and value.kind is Kind.FIXED
+            return replace(value, kind=Kind.STATE) if keeps else value
         if node.op == "get_attr":
             return Value(Kind.FIXED, tuple(axis_of(size_expr(n), self.length) for n in node.meta["val"].shape))
         if not isinstance(node.target, OpOverload):
@@ -214,7 +222,7 @@ class Flow:
         written = node.args[0]
         if not isinstance(written, fx.Node) or written_by(cast("OpOverload", node.target)) - {0, "self"}:
             raise UnknownError("it writes into several tensors, or another than its first")
-        if self.values[written].kind is not Kind.FIXED and written.op == "placeholder":
+        if self.values[written].kind is Kind.ROW and written.op == "placeholder":
             raise MixesError("it writes into its input")
         if self._storages.get(storage_of(written.meta["val"]), set()) - {written}:
             raise UnknownError("it writes into a part of a tensor")

@@ -120,6 +120,11 @@ def attention(op: Op) -> Value:
         raise UnknownError("attention weights are changed")
     if key.axes[-2] != value.axes[-2]:
         raise UnknownError("keys and values of different sequences")
+    if mask is not None and any(
+        has_tokens(axis) and axis != other.axes[-2]
+        for axis, other in zip(mask.axes[:-3:-1], (key, query), strict=False)
+    ):
+        raise UnknownError("a mask of other sequences")
     if op["is_causal"] and query.axes[-2] != key.axes[-2]:
         raise UnknownError("causal attention between different sequences")
     lead = broadcast(

@@ -31,6 +31,8 @@ def _sizes(op: Op) -> list[Any]:
 
 @rule("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as ravel _reshape_alias reshape_as")
 def view(op: Op) -> Value:
+    if "dtype" in op.names:
+        raise UnknownError("its entries are read as of another dtype")
     return regroup(op.operands()[0], _sizes(op))
 
 
@@ -63,7 +65,8 @@ def permute(op: Op) -> Value:
 
 @rule("movedim moveaxis")
 def movedim(op: Op) -> Value:
-    ndim = len((value := op.value("self")).axes)
+    value = op.value("self")
+    ndim = len(value.axes)
     source, target = ([x] if isinstance(x, int) else list(x) for x in (op["source"], op["destination"]))
     order: list[int | None] = [None] * ndim
     for s, t in zip(source, target, strict=True):
@@ -117,16 +120,21 @@ def select(op: Op) -> Value:
 def part(op: Op) -> Value:
     value = op.value("self")
     d = op.dim("dim", len(value.axes))
-    size, before = size_expr(op.out.shape[d]), value.axes[d]
+    if op.name == "slice" and op["step"] != 1 and has_tokens(value.axes[d]):
+        _refuse_part(value, value.axes[d])
+    start = size_expr(op["start"] or 0)
+    start = start + size_of(value.axes[d]) if start.is_Integer and start < 0 else start
+    return _cut(op, value, d, start, size_expr(op.out.shape[d]))
+
+
+def _cut(op: Op, value: Value, d: int, start: Any, size: Any) -> Value:
+    """``size`` entries along ``d``, from ``start``."""
+    before = value.axes[d]
     if size_of(before) == size:
         return value
     if has_tokens(before):
-        if op.name == "slice" and op["step"] != 1:
-            _refuse_part(value, before)
-        start = size_expr(op["start"] or 0)
-        start = start + size_of(before) if start.is_Integer and start < 0 else start
         return value.with_axes(_replaced(value.axes, d, _part_of(value, before, start, size)))
-    result = value.with_axes(_replaced(value.axes, d, op.axis(size)))
+    result = value.with_axes(_replaced(value.axes, d, op.axis_of(size)))
     if has_tokens(result.axes[d]):  # So many rows of a table, the first ones.
         if has_any_tokens(value):
             raise UnknownError("a square table by place, which may be a mask of who comes first")
@@ -145,9 +153,7 @@ def split(op: Op) -> list[Value]:
     start, parts = sympy.Integer(0), []
     for made in op.out:
         size = size_expr(made.shape[d])
-        along = has_tokens(value.axes[d]) and size != size_of(value.axes[d])
-        axis = _part_of(value, value.axes[d], start, size) if along else op.axis(size)
-        parts.append(value.with_axes(_replaced(value.axes, d, axis)))
+        parts.append(_cut(op, value, d, start, size))
         start += size
     return parts
 
@@ -235,59 +241,7 @@ def pad(op: Op) -> Value:
     )
 
 
-# ---- look-ups
-
-
-@rule("embedding")
-def embedding(op: Op) -> Value:
-    indices, weight = op.value("indices"), op.value("weight")
-    if has_any_tokens(weight) or weight.kind is not Kind.FIXED:
-        raise UnknownError("tokens are taken by index")
-    kind = Kind.POSITION if indices.kind is Kind.RANK else indices.kind
-    return replace(indices, kind=kind, axes=(*indices.axes, weight.axes[-1]), offset=None)
-
-
-@rule("index_select")
-def index_select(op: Op) -> Value:
-    value, index = op.value("self"), op.value("index")
-    return _look_up(value, [(op.dim("dim", len(value.axes)), index)])
-
-
-@rule("index")
-def index(op: Op) -> Value:
-    value = op.value("self")
-    places = [(d, op.values("indices")[d]) for d, item in enumerate(op["indices"]) if item is not None]
-    return _look_up(value, places)
-
-
-def _look_up(value: Value, places: Sequence[tuple[int, Value]]) -> Value:
-    """Rows of a table by index; the index's axes come where the table's were."""
-    if any(has_tokens(value.axes[d]) for d, _ in places):
-        raise UnknownError("tokens are taken by index")
-    first, count = places[0][0], len(places)
-    if [d for d, _ in places] != list(range(first, first + count)):
-        raise UnknownError("this way of indexing")
-    indices = [index for _, index in places]
-    joined = join([value, *(replace(i, kind=Kind.POSITION) if i.kind is Kind.RANK else i for i in indices)], ())
-    return joined.with_axes((*value.axes[:first], *broadcast(indices), *value.axes[first + count :]))
-
-
-@rule("gather take_along_dim scatter scatter_add scatter_reduce")
-def gather(op: Op) -> Value:
-    """Along features, each token's own: the index, and what is written, must lie with the tokens as the tensor does."""
-    given = [value for value in op.operands() if value.axes]
-    value, index = op.value("self"), op.value("index" if "index" in op.names else "indices")
-    d, writes = op.dim("dim", len(value.axes)), op.name.startswith("scatter")
-    rest = {tuple(axis for i, axis in enumerate(each.axes) if i != d) for each in given}
-    if len(rest) > 1 or any(has_tokens(each.axes[d]) for each in given if writes or each is value):
-        raise UnknownError("tokens are taken or written by index")
-    return join(op.operands(), value.axes if writes else index.axes)
-
-
-@rule("one_hot")
-def one_hot(op: Op) -> Value:
-    value = op.value("self")
-    return join([value], (*value.axes, op.axis(op.out.shape[-1])))
+# ---- as other numbers
 
 
 @rule("view_as_complex")

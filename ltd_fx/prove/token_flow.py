@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ltd_fx.learn import Call, LayerPattern, Sandbox, leaves_hooks_out
-from ltd_fx.prove import rules, rules_sums, rules_views  # noqa: F401 (they register the rules)
+from ltd_fx.prove import rules, rules_lookups, rules_sums, rules_views  # noqa: F401 (they register the rules)
 from ltd_fx.prove.flow import Flow
 from ltd_fx.prove.trace import trace
 from ltd_fx.prove.verdict import Verdict

@@ -171,6 +171,10 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "another way when long": (lambda m, x: x if x.shape[1] > 16 else 2 * x, "only where tokens > 16"),
     "a table so long": (lambda m, x: m.table[: x.shape[1]], "positions among.*: add"),
     "a state": (lambda m, x: m.calls.add_(1) * x, "a state that it changes: mul"),
+    "a state before it changes": (
+        lambda m, x: x * m.calls + m.calls.add_(x.shape[1]) * 0,
+        "a state that it changes: mul",
+    ),
     "its input": (lambda m, x: x.mul_(2), "writes into its input"),
 }
 
@@ -191,6 +195,7 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
     "sums by expert": lambda m, x: x.new_zeros(2, 4, DIM).scatter_add(1, (x > 0).long(), x)[:, :1],
     "rows of other tokens": lambda m, x: F.embedding(x.new_zeros(1, x.shape[1], dtype=torch.long), x[0]),
     "sizes by the length": lambda m, x: m.table[:2].repeat(x.shape[1] // 2, 1),
+    "weights as bits": lambda m, x: (m.q(x) @ m.k(x).mT).softmax(-1).view(torch.int32).float() @ x,
     "a state of hidden states": lambda m, x: x - m.calls.lerp_(x.mean(), 0.1),
     "an operator of somebody's": lambda m, x: torch.ops.ltd_fx_flow.conv1d(x),
     "places of another sequence": lambda m, x: m.attend_to(x, m.table[:6].expand(x.shape[0], -1, -1)),
