@@ -225,7 +225,7 @@ class Examination:
         """
         pattern, proof, verdict = self._shown(layer, shared, protected)
         what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
-        if verdict.mixes:
+        if verdict.mixes and proof.status != "wrong":
             raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
         if proof.reason == TOO_FEW and not self._learn:
             return layer
@@ -236,6 +236,7 @@ class Examination:
                     "sampling='shared'"
                 )
             size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
+            size += verdict.mixes and f": {verdict.mixes}"
             another = "" if self._learn else "pass example_inputs to transform, for another to be learnt, "
             built_in = "" if self._learn else " by its built-in pattern"
             raise LTDError(
@@ -247,7 +248,7 @@ class Examination:
     def _shown(self, layer: CallSite, shared: bool, protected: int) -> tuple[LayerPattern, Proof, Verdict]:
         """What the test and token flow say together."""
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
-        verdict = Verdict() if proof.status == "wrong" else self._judge(layer, pattern, shared, protected)
+        verdict = self._judge(layer, pattern, shared, protected)
         if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
             how = partial(prove, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
             many = self._call(layer, int(pattern.batch_first), _MANY_TOKENS)
