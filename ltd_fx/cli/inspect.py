@@ -15,6 +15,8 @@ from torch import nn
 
 from ltd_fx import api
 from ltd_fx.errors import LTDError
+from ltd_fx.learn import find_stacks, split_inputs
+from ltd_fx.prove import Examination
 
 _TOKENS, _SEQUENCES = 24, 2
 
@@ -27,6 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "model, or a model and example inputs for one forward",
     )
     parser.add_argument("--layers", metavar="REGEX", help="names of the target layers (default: find them)")
+    parser.add_argument("--why", metavar="LAYER", help="print a layer's graph, with what is known of each value")
     parser.add_argument("--depth", type=int, help="build so many layers of a transformers model")
 
 
@@ -35,6 +38,9 @@ def _run(options: argparse.Namespace) -> int:
     model, inputs = (
         _factory(options.model) if ":" in options.model else _from_transformers(options.model, options.depth)
     )
+    if options.why is not None:
+        print(_why(model, inputs, options))
+        return 0
     api.transform(model, layers=options.layers, example_inputs=inputs)
     report = api.summary(model)
     proofs = {site.name: site.proof for site in report.sites if site.routed}
@@ -56,6 +62,21 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(report)
     return 0 if verified else 1
+
+
+def _why(model: nn.Module, inputs: Any, options: argparse.Namespace) -> str:
+    """What token flow says of one layer, whether or not it can be routed."""
+    if options.json:
+        raise LTDError("ltd_fx inspect: --why is for people; leave out --json")
+    if inputs is None:
+        raise LTDError("ltd_fx inspect: --why needs example inputs: have the factory return (model, inputs)")
+    found = {layer.name: layer for stack in find_stacks(model, options.layers) for layer in stack}
+    if options.why not in found:
+        raise LTDError(f"ltd_fx inspect: --why {options.why} is none of the target layers {', '.join(found)}")
+    layer = found[options.why]
+    slots = {layer.name: model.get_submodule(layer.name)}
+    examination = Examination(model, [layer], slots, split_inputs(inputs))
+    return f"{layer.name} ({layer.layer_class})\n{examination.explain(layer, shared=False, protected=0)}"
 
 
 def _factory(name: str) -> tuple[nn.Module, Any]:

@@ -257,6 +257,21 @@ class Examination:
             proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
         return pattern, proof, verdict
 
+    def explain(self, layer: CallSite, *, shared: bool, protected: int) -> str:
+        """What the test says of the layer, and token flow, value by value, by the likeliest pattern.
+
+        Raises:
+            LTDError: nothing about it can be inferred.
+        """
+        from ltd_fx.prove.explain import explain
+        from ltd_fx.prove.token_flow import analyse
+
+        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        slot, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
+        error = "" if proof.error is None else f" (relative error {proof.error:.1e})"
+        said = f"by the numerical test {proof.status}{proof.reason and ': '}{proof.reason}{error}"
+        return f"{said}\n{explain(*analyse(slot, pattern, call, self._sandbox, shared=shared, protected=protected))}"
+
     def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:
         """What token flow says of the layer as it is called at full length."""
         from ltd_fx.prove.token_flow import judge  # sympy takes longer to import than all of ltd_fx

@@ -110,6 +110,7 @@ class Flow:
     def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value], protected: int = 0) -> None:
         self.length, self.protected = length, protected
         self.values: dict[fx.Node, Any] = {}
+        self.origins: dict[Verdict, fx.Node] = {}  # Where each flaw was found.
         self._flaws: dict[fx.Node, Verdict] = {}
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}
@@ -141,7 +142,7 @@ class Flow:
                 elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
                     self._visit(node)
             except (MixesError, UnknownError) as error:
-                return _verdict(error, node)
+                return self._verdict(error, node)
         return Verdict()
 
     def _visit(self, node: fx.Node) -> None:
@@ -154,7 +155,7 @@ class Flow:
             try:
                 self.values[node] = self._evaluate(node)
             except (MixesError, UnknownError) as error:
-                flaw = _verdict(error, node)
+                flaw = self._verdict(error, node)
         if flaw is not None:
             self._flaws[node] = flaw
             shape = made.shape if isinstance(made, Tensor) else ()
@@ -175,7 +176,7 @@ class Flow:
         if not flaws:
             return None
         if isinstance(node.target, OpOverload) and name not in RULES:
-            return _verdict(UnknownError("nothing is known of this operator"), node)
+            return self._verdict(UnknownError("nothing is known of this operator"), node)
         return max(flaws, key=lambda flaw: bool(flaw.mixes))
 
     def _evaluate(self, node: fx.Node) -> Any:
@@ -246,6 +247,12 @@ class Flow:
             raise UnknownError("nothing is known of this operator")
         return Value(Kind.FIXED, axes)
 
+    def _verdict(self, error: Exception, node: fx.Node) -> Verdict:
+        said = f"{error}: {_where(node)}"
+        verdict = Verdict(mixes=said) if isinstance(error, MixesError) else Verdict(unknown=said)
+        self.origins.setdefault(verdict, node)
+        return verdict
+
     def _check_output(self, node: Any, hidden: tuple[Axis, ...]) -> None:
         value = self.values.get(node)
         if not isinstance(value, Value):
@@ -267,21 +274,23 @@ def operator_name(node: fx.Node) -> str:
     return "to" if name == TO_COPY.name().split("::")[1].partition(".")[0] else name
 
 
-def _verdict(error: Exception, node: fx.Node) -> Verdict:
-    said = f"{error}: {_where(node)}"
-    return Verdict(mixes=said) if isinstance(error, MixesError) else Verdict(unknown=said)
-
-
 def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
     return [tuple(factor for factor in axis if factor.tokens) for axis in axes]
 
 
 def _where(node: fx.Node) -> str:
     """The operator, and the user's line that calls it."""
-    name = operator_name(node) or (str(node.target) if node.op == "call_function" else node.op)
+    name, line = said_name(node), line_of(node)
+    return f"{name}, in {line}" if line else name
+
+
+def said_name(node: fx.Node) -> str:
+    """The operator's name, for a person."""
+    return operator_name(node) or (str(node.target) if node.op == "call_function" else node.op)
+
+
+def line_of(node: fx.Node) -> str:
+    """The line of the user's that a node comes of, and its place; empty where that is not known."""
     frames = re.findall(r'File "(.+?)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
     outside = [frame for frame in frames if "/torch/" not in frame[0]]
-    if not outside:
-        return name
-    file, line, code = outside[-1]
-    return f"{name}, in {code.strip()!r} ({file}:{line})"
+    return f"{outside[-1][2].strip()!r} ({outside[-1][0]}:{outside[-1][1]})" if outside else ""

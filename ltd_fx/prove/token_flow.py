@@ -29,19 +29,27 @@ def judge(
     Returns:
         Where it is shown wrong, the reason and the operator; where it is neither shown wrong nor right, why.
     """
+    return analyse(layer, pattern, call, sandbox, shared=shared, protected=protected)[0]
+
+
+def analyse(
+    layer: nn.Module, pattern: LayerPattern, call: Call, sandbox: Sandbox, *, shared: bool = False, protected: int = 0
+) -> tuple[Verdict, Flow | None]:
+    """As :func:`judge`, with what is known of each value in the layer's graph; ``None`` where there is no graph."""
     if leaves_hooks_out(layer):
-        return Verdict(unknown="it has forward hooks, which are not called while it is learnt")
+        return Verdict(unknown="it has forward hooks, which are not called while it is learnt"), None
     try:
         traced = trace(layer, pattern, call, sandbox, shared=shared, protected=protected)
     except Exception as error:
-        return Verdict(unknown=f"it cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    if traced.fixed:
-        return Verdict(unknown="it makes a plain number of the number of tokens")
+        said = f"it cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Verdict(unknown=said), None
     flow = Flow(traced.graph, traced.length, traced.inputs, protected)
     verdict = flow.judge(lambda made: _hidden(made, pattern), traced.hidden)
+    if traced.fixed:
+        return Verdict(unknown="it makes a plain number of the number of tokens"), flow
     if traced.bound and not verdict.mixes:
-        return Verdict(mixes=traced.bound)
-    return Verdict(unknown=traced.unsure) if verdict == Verdict() and traced.unsure else verdict
+        return Verdict(mixes=traced.bound), flow
+    return Verdict(unknown=traced.unsure) if verdict == Verdict() and traced.unsure else verdict, flow
 
 
 def _hidden(made: Any, pattern: LayerPattern) -> Any:
