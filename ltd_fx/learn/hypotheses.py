@@ -57,10 +57,14 @@ class Learner:
         self._probed: dict[int, tuple[list[Probe], list[Probe]]] = {}
 
     def probes(self, seq_dim: int) -> tuple[list[Probe], list[Probe]]:
-        """Of other lengths and of other batch sizes: the forward at symbolic sizes, or those at other sizes."""
-        if self._symbolic is None:
+        """Of other lengths and of other batch sizes: the forward at symbolic sizes where there was one, or others.
+
+        Where a pattern is known and holds, nothing has to be learnt, and those at other sizes take less time.
+        """
+        symbolic = vars(self).get("_symbolic")
+        if symbolic is None:
             return self._resized(seq_dim)
-        return self._symbolic.probes(seq_dim), self._symbolic.probes(1 - seq_dim)
+        return symbolic.probes(seq_dim), symbolic.probes(1 - seq_dim)
 
     def hypotheses(self, name: str, layer_class: type[nn.Module]) -> Iterator[LayerPattern]:
         """What the patterns of a layer could be.

@@ -243,7 +243,8 @@ class Examination:
                 f"{what}{built_in}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
                 "transform(..., layers=...), or register a LayerPattern for its class"
             )
-        return replace(layer, pattern=pattern, proof=replace(proof, learnt=self._learner.way(layer.name, pattern)))
+        learnt = "a known pattern" if pattern == layer.pattern else self._learner.way(layer.name, pattern)
+        return replace(layer, pattern=pattern, proof=replace(proof, learnt=learnt))
 
     def _shown(self, layer: CallSite, shared: bool, protected: int) -> tuple[LayerPattern, Proof, Verdict]:
         """What the test and token flow say together."""

@@ -27,7 +27,7 @@ largest difference of the kept rows relative to the largest value (`ltd_fx.verif
 
 *Learnt*: what told which of a layer's sizes follow the tokens: one forward at symbolic sizes; or, of a model that runs
 at one length only, the layer's own forward at symbolic sizes or a guess; or forwards at other sizes, where it does
-not run on symbols.
+not run on symbols. Of a known class, it is the pattern.
 
 Made by `python -m zoo.table ../docs/models.md` in `tests/`.
 
