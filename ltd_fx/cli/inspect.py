@@ -1,6 +1,7 @@
 """``inspect``: which layers of a model are routed, and whether that is proven right.
 
-The model has random weights. The exit code is 1 where a routed layer is not proven right, 2 where one is refused.
+The model has random weights. The exit code is 1 where a routed layer is not proven right, 2 where one is refused; with
+``--why``, of that layer.
 """
 
 import argparse
@@ -39,8 +40,7 @@ def _run(options: argparse.Namespace) -> int:
         _factory(options.model) if ":" in options.model else _from_transformers(options.model, options.depth)
     )
     if options.why is not None:
-        print(_why(model, inputs, options))
-        return 0
+        return _why(model, inputs, options)
     api.transform(model, layers=options.layers, example_inputs=inputs)
     report = api.summary(model)
     proofs = {site.name: site.proof for site in report.sites if site.routed}
@@ -64,8 +64,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if verified else 1
 
 
-def _why(model: nn.Module, inputs: Any, options: argparse.Namespace) -> str:
-    """What token flow says of one layer, whether or not it can be routed."""
+def _why(model: nn.Module, inputs: Any, options: argparse.Namespace) -> int:
+    """Print what is known of one layer, before the error where it cannot be routed."""
     if options.json:
         raise LTDError("ltd_fx inspect: --why is for people; leave out --json")
     if inputs is None:
@@ -76,7 +76,15 @@ def _why(model: nn.Module, inputs: Any, options: argparse.Namespace) -> str:
     layer = found[options.why]
     slots = {layer.name: model.get_submodule(layer.name)}
     examination = Examination(model, [layer], slots, split_inputs(inputs))
-    return f"{layer.name} ({layer.layer_class})\n{examination.explain(layer, shared=False, protected=0)}"
+    status, refusal = "refused", None
+    try:
+        status = examination.accept(layer, shared=False, protected=0).status
+    except LTDError as error:
+        refusal = error
+    print(f"{layer.name} ({layer.layer_class}): {status}\n{examination.explain(layer, shared=False, protected=0)}")
+    if refusal is not None:
+        raise refusal
+    return 0 if status in ("proven", "tested") else 1
 
 
 def _factory(name: str) -> tuple[nn.Module, Any]:

@@ -267,10 +267,10 @@ class Examination:
         from ltd_fx.prove.explain import explain
         from ltd_fx.prove.token_flow import analyse
 
-        pattern, proof = self.examine(layer, shared=shared, protected=protected)
+        pattern, proof, _ = self._shown(layer, shared, protected)
         slot, call = layer_in(self._slots[layer.name]), self.first_calls[layer.name]
         error = "" if proof.error is None else f" (relative error {proof.error:.1e})"
-        said = f"by the numerical test {proof.status}{proof.reason and ': '}{proof.reason}{error}"
+        said = f"by the numerical test {'right' if proof.right else f'{proof.status}: {proof.reason}'}{error}"
         return f"{said}\n{explain(*analyse(slot, pattern, call, self._sandbox, shared=shared, protected=protected))}"
 
     def _judge(self, layer: CallSite, pattern: LayerPattern, shared: bool, protected: int) -> Verdict:

@@ -1,6 +1,10 @@
 """A layer's graph in words: what is known of each value, and how what is wrong came of the tokens."""
 
+import re
 from collections import deque
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
 
 from torch import fx
 
@@ -21,21 +25,35 @@ def explain(verdict: Verdict, flow: Flow | None) -> str:
     if flow is None:
         return lines[0]
     if verdict in flow.origins:
-        lines += ["", "from the hidden states to there:"]
-        lines += [_line(flow, node) for node in _path(flow, flow.origins[verdict])]
-    lines += ["", "its graph:", *(_line(flow, node) for node in flow.values)]
-    return "\n".join(lines)
+        path = _path(flow, flow.origins[verdict])
+        lines += ["", "from the hidden states to there:" if len(path) > 1 else "there:", *_table(flow, path)]
+    return "\n".join([*lines, "", "its graph:", *_table(flow, flow.values)])
 
 
-def _line(flow: Flow, node: fx.Node) -> str:
-    value = flow.values.get(node)
-    known = str(value).replace(str(flow.length), "tokens") if isinstance(value, Value) else ""
-    flaw = "  <-" if node in flow.origins.values() else ""
-    return f"  {node.name:<24} {said_name(node):<28} {known:<44} {line_of(node)}{flaw}".rstrip()
+def _table(flow: Flow, nodes: Iterable[fx.Node]) -> list[str]:
+    """A line for each node; the user's line of code where it is another than that of the node before."""
+    rows, before = [], None
+    for node in nodes:
+        line = line_of(node)
+        place = f"{PurePath(line[0]).name}:{line[1]}  {line[2]}" if line and line != before else ""
+        mark = "->" if node in flow.origins.values() else "  "
+        rows.append((mark, node.meta.get("name", node.name), said_name(node), _known(flow, node), place))
+        before = line
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _known(flow: Flow, node: fx.Node) -> str:
+    known: Any = flow.values.get(node)
+    said = ", ".join(map(str, known if isinstance(known, (list, tuple)) else [known or ""]))
+    if node in flow.flaws:  # What is held of its kind is a stand-in.
+        kind = "wrong" if flow.flaws[node].mixes else "not known"
+        said = f"{kind} {said.removeprefix(known.kind.value).strip()}" if isinstance(known, Value) else kind
+    return re.sub(rf"\b{re.escape(str(flow.length))}\b", "tokens", said)
 
 
 def _path(flow: Flow, end: fx.Node) -> list[fx.Node]:
-    """The shortest way from the hidden states to ``end``."""
+    """The shortest way from the hidden states to ``end``, or ``end`` alone, where there is none."""
     paths, waiting = {end: [end]}, deque([end])
     while waiting:
         node = waiting.popleft()

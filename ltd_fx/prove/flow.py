@@ -110,8 +110,8 @@ class Flow:
     def __init__(self, graph: fx.Graph, length: Any, inputs: Sequence[Value], protected: int = 0) -> None:
         self.length, self.protected = length, protected
         self.values: dict[fx.Node, Any] = {}
+        self.flaws: dict[fx.Node, Verdict] = {}  # What is wrong with a value, or with what it was computed from.
         self.origins: dict[Verdict, fx.Node] = {}  # Where each flaw was found.
-        self._flaws: dict[fx.Node, Verdict] = {}
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}
         operators = (node for node in graph.nodes if isinstance(node.target, OpOverload))
@@ -136,8 +136,8 @@ class Flow:
             try:
                 if node.op == "output":
                     returned = output(node.args[0])
-                    if returned in self._flaws:
-                        return self._flaws[returned]
+                    if returned in self.flaws:
+                        return self.flaws[returned]
                     self._check_output(returned, hidden)
                 elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
                     self._visit(node)
@@ -157,7 +157,7 @@ class Flow:
             except (MixesError, UnknownError) as error:
                 flaw = self._verdict(error, node)
         if flaw is not None:
-            self._flaws[node] = flaw
+            self.flaws[node] = flaw
             shape = made.shape if isinstance(made, Tensor) else ()
             axes = tuple(axis_of(size_expr(n), self.length, self.protected) for n in shape)
             self.values[node] = Value(Kind.ROW, axes, hidden=True)
@@ -172,7 +172,7 @@ class Flow:
         if name in _SHAPE_ALONE:
             return None
         read = node.all_input_nodes[:1] if name in _SHAPE_OF_ANOTHER else node.all_input_nodes
-        flaws = [self._flaws[each] for each in read if each in self._flaws]
+        flaws = [self.flaws[each] for each in read if each in self.flaws]
         if not flaws:
             return None
         if isinstance(node.target, OpOverload) and name not in RULES:
@@ -236,8 +236,8 @@ class Flow:
                 raise UnknownError("it keeps a state of its hidden states")
             self.values[node] = replace(self.values[node], kind=Kind.STATE)
         self.values[written] = self.values[node]
-        if node in self._flaws:
-            self._flaws[written] = self._flaws[node]
+        if node in self.flaws:
+            self.flaws[written] = self.flaws[node]
 
     def _without_rule(self, op: Op) -> Value:
         """An operator that is not known: harmless, where nothing that it takes depends on tokens."""
@@ -281,7 +281,7 @@ def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
 def _where(node: fx.Node) -> str:
     """The operator, and the user's line that calls it."""
     name, line = said_name(node), line_of(node)
-    return f"{name}, in {line}" if line else name
+    return f"{name}, in {line[2]!r} ({line[0]}:{line[1]})" if line else name
 
 
 def said_name(node: fx.Node) -> str:
@@ -289,8 +289,8 @@ def said_name(node: fx.Node) -> str:
     return operator_name(node) or (str(node.target) if node.op == "call_function" else node.op)
 
 
-def line_of(node: fx.Node) -> str:
-    """The line of the user's that a node comes of, and its place; empty where that is not known."""
+def line_of(node: fx.Node) -> tuple[str, str, str] | None:
+    """The line of the user's that a node comes of: file, number and code; ``None`` where that is not known."""
     frames = re.findall(r'File "(.+?)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]]
-    return f"{outside[-1][2].strip()!r} ({outside[-1][0]}:{outside[-1][1]})" if outside else ""
+    outside = [(file, line, code.strip()) for file, line, code in frames if "/torch/" not in file]
+    return outside[-1] if outside else None
