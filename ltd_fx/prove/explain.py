@@ -27,7 +27,8 @@ def explain(verdict: Verdict, flow: Flow | None) -> str:
     if verdict in flow.origins:
         path = _path(flow, flow.origins[verdict])
         lines += ["", "from the hidden states to there:" if len(path) > 1 else "there:", *_table(flow, path)]
-    return "\n".join([*lines, "", "its graph:", *_table(flow, flow.values)])
+    seen = dict.fromkeys([*flow.values, *flow.origins.values()])
+    return "\n".join([*lines, "", "its graph:", *_table(flow, seen)])
 
 
 def _table(flow: Flow, nodes: Iterable[fx.Node]) -> list[str]:

@@ -286,7 +286,9 @@ def _where(node: fx.Node) -> str:
 
 def said_name(node: fx.Node) -> str:
     """The operator's name, for a person."""
-    return operator_name(node) or (str(node.target) if node.op == "call_function" else node.op)
+    if node.op != "call_function" or isinstance(node.target, OpOverload):
+        return operator_name(node) or (node.op if isinstance(node.target, str) else str(node.target))
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def line_of(node: fx.Node) -> tuple[str, str, str] | None:

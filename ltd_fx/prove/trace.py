@@ -77,9 +77,9 @@ def trace(
     state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     with mode:
         own = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in state.values()]
-    (paths, leaves), spec = _flatten(kept)
+    leaves, spec = pytree.tree_flatten(kept)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    made, names = [*(leaves[i] for i in places), *own], [*(paths[i] for i in places), *state]
+    made = [*(leaves[i] for i in places), *own]
     values = [_value(tensor, length, protected, tensor is kept[pattern.hidden]) for tensor in made]
     before = len(decided_by(mode, length)[0])
 
@@ -94,17 +94,18 @@ def trace(
     with sandbox.open(layer), mode, quiet(FAKE_TENSOR_LOG):
         layer.train()
         graph = make_graph(run, made).graph
-    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+    names = _leaf_names(kept)
+    for node, name in zip(graph.find_nodes(op="placeholder"), [*(names[i] for i in places), *state], strict=True):
         node.meta["name"] = name
     axes = next(value.axes for value in values if value.hidden)
     conditions, fixed = decided_by(mode, length)
     return Trace(graph, length, values, axes, fixed, *_conditions(conditions[before:], length, protected))
 
 
-def _flatten(arguments: dict[str, Any]) -> tuple[tuple[list[str], list[Any]], Any]:
-    """The leaves of a layer's arguments, with their names (``position_embeddings[0]``), and how they are put together."""
-    found, spec = pytree.tree_flatten_with_path(arguments)
-    return ([f"{path[0].key}{pytree.keystr(path[1:])}" for path, _ in found], [leaf for _, leaf in found]), spec
+def _leaf_names(arguments: dict[str, Any]) -> list[str]:
+    """The names of all leaves of a layer's arguments: ``position_embeddings[0]``."""
+    paths = ((name, path) for name, given in arguments.items() for path, _ in pytree.tree_flatten_with_path(given)[0])
+    return [name + pytree.keystr(path) for name, path in paths]
 
 
 def _site(layer: nn.Module, protected: int) -> Site:

@@ -1,7 +1,6 @@
 """The commands, as a script uses them: output, ``--json``, exit codes. ``plan`` is in test_planner.py."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,38 +120,6 @@ def test_inspect_a_factory(factory: str, code: int, capsys: Any) -> None:
 )
 def test_inspect_refuses(model: str, options: list[str], message: str, capsys: Any) -> None:
     assert message in error(capsys, "inspect", model, *options)
-
-
-def test_inspect_why_a_layer_is_right(capsys: Any) -> None:
-    assert main(["inspect", "test_cli:llama_with_inputs", "--why", "model.layers.1"]) == 0
-    name, test, flow, *rest = capsys.readouterr().out.splitlines()
-    assert name == "model.layers.1 (LlamaDecoderLayer)"
-    assert test.startswith("by the numerical test tested (relative error ")
-    assert flow == "by token flow right: tokens meet in attention only"
-    (attention,) = (line for line in rest if "scaled_dot_product_attention " in line)
-    assert re.search(r" row-wise \[\d+, \S+, tokens, \d+\] +'attn_output, attn_weights = .*:\d+\)$", attention)
-
-
-def test_inspect_why_a_layer_is_refused(capsys: Any) -> None:
-    """The path goes from the hidden states over the linear map to the operator that mixes tokens."""
-    assert main(["inspect", "test_cli:unfit", "--why", "1"]) == 0
-    head, _, rest = capsys.readouterr().out.partition("\n\n")
-    path = rest.partition("\n\n")[0].splitlines()
-    assert "by token flow wrong: it goes along the tokens: roll, in 'return self.linear(x).roll(1, 1)' (" in head
-    assert [line.split()[1] for line in path[1:]] == ["placeholder", "linear", "roll"]
-    assert path[-1].endswith("<-")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["test_cli:unfit", "--why", "7"], "--why 7 is none of the target layers 0, 1, 2"),
-        (["test_cli:llama_without_inputs", "--why", "model.layers.1"], "--why needs example inputs"),
-        (["test_cli:unfit", "--why", "1", "--json"], "leave out --json"),
-    ],
-)
-def test_inspect_why_refuses(arguments: list[str], message: str, capsys: Any) -> None:
-    assert message in error(capsys, "inspect", *arguments)
 
 
 # ---- schedule
