@@ -8,6 +8,7 @@ import torch
 from conftest import CASES
 from torch import nn
 
+import ltd_fx
 from ltd_fx.cli import main
 
 
@@ -19,7 +20,7 @@ class Shift(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).roll(1, 1)
+        return (self.linear(x) + x.sin().cos()).roll(1, 1)
 
 
 class Overwrite(nn.Linear):
@@ -27,6 +28,13 @@ class Overwrite(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.add_(super().forward(x))
+
+
+class Bessel(nn.Module):
+    """An operator that nothing is known of, and no attention to test it by."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
 
 
 class Sum(nn.Module):
@@ -56,6 +64,11 @@ def llama_without_inputs() -> nn.Module:
 def overwriting() -> tuple[nn.Module, Any]:
     layers = [nn.Sequential(Overwrite(8, 8)) for _ in range(3)]
     return nn.Sequential(*layers), (torch.randn(2, 16, 8),)
+
+
+def vouched_for() -> tuple[nn.Module, Any]:
+    ltd_fx.register_pattern(Bessel, ltd_fx.LayerPattern(hidden="x", aligned={}))
+    return nn.Sequential(Bessel(), Bessel(), Bessel()), (torch.randn(2, 16, 8),)
 
 
 def llama_with_a_sum() -> tuple[nn.Module, Any]:
@@ -118,25 +131,32 @@ def test_a_layer_is_only_tested(capsys: Any) -> None:
     assert flow.startswith("by token flow not known: it has forward hooks")
 
 
+def test_a_layer_is_only_trusted(capsys: Any) -> None:
+    head, path, _, err = why(capsys, "vouched_for", "1", 1)
+    assert head[0] == "1 (Bessel): trusted"
+    assert head[2].startswith("by token flow not known: nothing is known of this operator: special_bessel_j0, in")
+    assert path[-1].startswith("-> special_bessel_j0 special_bessel_j0 not known [2, tokens, 8]")
+    assert not err
+
+
 def test_a_layer_is_refused(capsys: Any) -> None:
-    """The path goes from the hidden states over the linear map to the operator that mixes tokens."""
+    """The path goes from the hidden states over the linear map, the shorter way, to the operator that mixes tokens."""
     head, path, graph, err = why(capsys, "shifting", "1", 2)
     assert head[0] == "1 (Shift): refused"
-    assert head[2].startswith("by token flow wrong: it goes along the tokens: roll, in 'return self.linear(x)")
+    assert head[2].startswith("by token flow wrong: it goes along the tokens: roll, in 'return (self.linear(x)")
     assert path[0] == "from the hidden states to there:"
     assert path[1] == " x placeholder row-wise [2, tokens, 8]"
     assert path[2].startswith(" linear linear row-wise [2, tokens, 8] test_why.py:")
-    assert path[3:] == ["-> roll roll wrong [2, tokens, 8]"] == graph[-1:]
+    assert path[3:] == [" add add row-wise [2, tokens, 8]", "-> roll roll wrong [2, tokens, 8]"] == graph[-2:]
     assert "1 (Shift) cannot be routed: it goes along the tokens: roll" in err
 
 
 def test_one_layer_of_a_model_is_refused(capsys: Any) -> None:
-    """What comes of the sum is wrong, too; what does not is still known. The shortest path has no attention on it."""
+    """What comes of the sum is wrong, too; what does not is still known."""
     head, path, graph, _ = why(capsys, "llama_with_a_sum", "model.layers.2", 2)
     assert head[0] == "model.layers.2 (LlamaDecoderLayer): refused"
     assert [line.split()[1] for line in path[-3:-1]] == ["chunk", "getitem"]
     assert re.fullmatch(r"-> cumsum cumsum wrong \[3, tokens, 16\] test_why\.py:\d+ return torch\.cat.*", path[-1])
-    assert not any("scaled_dot_product_attention" in line for line in path)
     halves = "row-wise [3, tokens, 16], row-wise [3, tokens, 16]"
     assert any(line.startswith(f" chunk chunk {halves}") for line in graph)
     assert re.match(r" cat_\d cat wrong \[3, tokens, 32\]", graph[-2])
