@@ -104,6 +104,7 @@ def test_fully_shard_compiled_whole(build: Callable[[], nn.Module]) -> None:
     assert counter.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [None, False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(2)
