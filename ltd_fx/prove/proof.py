@@ -244,11 +244,7 @@ def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 continue
-            noise = (
-                _fill(torch.empty(parameter.numel(), dtype=dtype, device="cpu"), pool)
-                .view(parameter.shape)
-                .to(parameter.device)
-            )
+            noise = _fill(parameter, pool)
             if parameter.ndim < 2:
                 parameter.add_(noise, alpha=0.3)
             else:
@@ -256,9 +252,7 @@ def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
         for buffer in layer.buffers():
             # A table that is yet to be filled would hide that it is read by place.
             if buffer.ndim and buffer.is_floating_point() and not buffer.any():
-                buffer.copy_(
-                    _fill(torch.empty(buffer.numel(), dtype=dtype, device="cpu"), pool).view(buffer.shape).abs()
-                )
+                buffer.data = _fill(buffer, pool).abs()  # not written into: it may be expanded
     return layer
 
 
@@ -267,11 +261,13 @@ def _noise(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Tensor
     return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
-def _fill(flat: Tensor, pool: Tensor) -> Tensor:
+def _fill(like: Tensor, pool: Tensor) -> Tensor:
+    """The pool's numbers, again and again, in the shape of ``like``."""
+    flat = torch.empty(like.numel(), dtype=pool.dtype, device="cpu")
     whole = flat.numel() // _POOL * _POOL
     flat[:whole].view(-1, _POOL)[:] = pool
     flat[whole:] = pool[: flat.numel() - whole]
-    return flat
+    return flat.view(like.shape).to(like.device)
 
 
 def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:

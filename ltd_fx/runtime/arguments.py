@@ -119,11 +119,11 @@ def _check(draw: Draw, value: Tensor, name: str, aligned: Aligned) -> None:
         # The name is read here alone: in the traced path, it would cost a graph for each layer.
         return f"ltd_fx: {draw.site.name}: argument {name!r} of shape {tuple(value.shape)}"
 
-    prefix = 0 if aligned.prefix is None else aligned.prefix
+    prefix, rows = aligned.prefix or 0, draw.seq_len + (aligned.prefix or 0)
+    if aligned.prefix is None:  # As many rows as there are, and as many along each dimension.
+        rows = max([draw.seq_len, *(value.shape[dim] for dim in aligned.dims if 0 <= dim < value.ndim)])
     for dim in aligned.dims:
-        size = value.shape[dim] if 0 <= dim < value.ndim else 0
-        fits = size >= draw.seq_len if aligned.prefix is None else size == draw.seq_len + prefix
-        if not fits and size != 1:
+        if not 0 <= dim < value.ndim or value.shape[dim] not in (1, rows):
             length = f"{draw.seq_len}{prefix:+}" if prefix else draw.seq_len
             raise LTDError(f"{what()} must have the sequence length {length} (or 1) in dimension {dim}; {remedy}")
     if aligned.batch is not None:

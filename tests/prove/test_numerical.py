@@ -43,7 +43,7 @@ class InTraining(Plain):
 class ZeroTable(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("table", torch.zeros(TOKENS, DIM))
+        self.register_buffer("table", torch.zeros(1, DIM).expand(TOKENS, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + self.table[: x.shape[1]])

@@ -214,3 +214,15 @@ def test_transformers_outputs_are_mappings_and_dataclasses_at_once() -> None:
     assert type(gathered) is type(value)
     assert gathered.attentions is None
     assert torch.equal(gathered.last_hidden_state, value.last_hidden_state[torch.arange(BATCH)[:, None], INDICES])
+
+
+def test_as_many_rows_before_the_tokens_as_there_are() -> None:
+    """Of any number of them; along two dimensions it must be the same number."""
+    entry = Aligned((2, 3), 0, None)
+    for more in (0, 2, 5):
+        value = randn(BATCH, HEADS, SEQ + more, SEQ + more)
+        found = gather_argument(draw_of(), value, "mask", entry)
+        assert torch.equal(found, expected(value, entry._replace(prefix=more), INDICES))
+    for shape in ((SEQ + 2, SEQ + 1), (SEQ - 1, SEQ - 1)):
+        with pytest.raises(LTDError, match=r"argument 'mask' of shape .* must have the sequence length"):
+            gather_argument(draw_of(), randn(BATCH, HEADS, *shape), "mask", entry)
