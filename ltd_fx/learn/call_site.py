@@ -21,8 +21,8 @@ class Proof:
             not run.
         error: largest difference of the kept rows, relative to the reference's largest value; ``None`` if not measured.
         reason: why it is no more than that.
-        learnt: what told which sizes follow the tokens: ``"symbolic sizes"``; ``"one length"``, of a model that runs at
-            no other; ``"other sizes"``, where it does not run on symbols; ``"a known pattern"``.
+        learnt: what told which sizes follow the tokens: the model's forward at ``"symbolic sizes"``; the layer's own,
+            or a guess, at ``"one length"``; forwards at ``"other sizes"``; ``"a known pattern"``.
         counts: whether the layer makes tensors as long as the sequence by itself (positions, windows), so that the
             proof holds up to the length it was made at.
     """

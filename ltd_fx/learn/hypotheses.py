@@ -66,8 +66,8 @@ class Learner:
             return self._resized(seq_dim)
         return symbolic.probes(seq_dim), symbolic.probes(1 - seq_dim)
 
-    def hypotheses(self, name: str, layer_class: type[nn.Module]) -> Iterator[LayerPattern]:
-        """What the patterns of a layer could be.
+    def hypotheses(self, name: str, layer_class: type[nn.Module]) -> Iterator[tuple[LayerPattern, str]]:
+        """What the patterns of a layer could be, each with what it was learnt from; see :attr:`Proof.learnt`.
 
         Raises:
             LTDError: none can be inferred.
@@ -75,9 +75,9 @@ class Learner:
         seen: list[LayerPattern] = []
         failure = ""
         for seq_dim in (1, 0):
-            for lengths, batches in self._ways(name, seq_dim):
+            for learnt, lengths, batches in self._ways(name, seq_dim):
                 ways: list[Probe | None] = [*batches] or [None]
-                for batch, near in itertools.product(ways, _NEAR):
+                for batch, near in itertools.product(ways, (0,) if lengths else _NEAR):
                     try:
                         pattern = infer_pattern(
                             name, layer_class, self._calls[name], lengths, batch, seq_dim, near=near
@@ -88,29 +88,22 @@ class Learner:
                     for hypothesis in (pattern, per_head(pattern), with_positions(pattern, layer_class)):
                         if hypothesis not in seen:
                             seen.append(hypothesis)
-                            yield hypothesis
+                            yield hypothesis, learnt
         # The usual layout could not even be inferred: the user is told that, not what became of the other one.
         if failure and not any(pattern.batch_first for pattern in seen):
             raise LTDError(failure)
 
-    def way(self, name: str, pattern: LayerPattern) -> str:
-        """What told which sizes follow a layer's tokens; see :attr:`Proof.learnt`."""
-        if self._symbolic is None:
-            return "other sizes"
-        return (
-            "one length" if isinstance(self._symbolic.size(name, int(pattern.batch_first)), int) else "symbolic sizes"
-        )
-
-    def _ways(self, name: str, seq_dim: int) -> Iterator[tuple[list[Probe], list[Probe]]]:
+    def _ways(self, name: str, seq_dim: int) -> Iterator[tuple[str, list[Probe], list[Probe]]]:
         """Probes to learn a layer by, the most exact first."""
         if self._symbolic is not None:
             lengths, batches = self.probes(seq_dim)
             if isinstance(self._symbolic.size(name, seq_dim), int):  # The model has one length.
                 with suppress(LTDError):
-                    yield [self._boundary(name)], batches
+                    yield "one length", [self._boundary(name)], batches
             else:
-                yield lengths, batches
-        yield self._resized(seq_dim)
+                yield "symbolic sizes", lengths, batches
+        lengths, batches = self._resized(seq_dim)
+        yield "other sizes" if lengths else "one length", lengths, batches
 
     @cached_property
     def _symbolic(self) -> SymbolicCalls | None:

@@ -175,12 +175,12 @@ class Examination:
             raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
         best: tuple[LayerPattern, Proof] | None = None
         failure = ""
-        for pattern in self._hypotheses(layer):
+        for pattern, learnt in self._hypotheses(layer):
             seq_dim = int(pattern.batch_first)
             how = partial(prove, layer.name, self._slots[layer.name], pattern)
             how = partial(how, sandbox=self._sandbox, shared=shared, protected=protected)
             try:
-                proof = self._try(layer, seq_dim, how)
+                proof = replace(self._try(layer, seq_dim, how), learnt=learnt)
             except LTDError as error:
                 failure = failure or str(error)
                 continue
@@ -243,8 +243,7 @@ class Examination:
                 f"{what}{built_in}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
                 "transform(..., layers=...), or register a LayerPattern for its class"
             )
-        learnt = "a known pattern" if pattern == layer.pattern else self._learner.way(layer.name, pattern)
-        return replace(layer, pattern=pattern, proof=replace(proof, learnt=learnt))
+        return replace(layer, pattern=pattern, proof=proof)
 
     def _shown(self, layer: CallSite, shared: bool, protected: int) -> tuple[LayerPattern, Proof, Verdict]:
         """What the test and token flow say together."""
@@ -253,7 +252,7 @@ class Examination:
         if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
             how = partial(prove, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
             many = self._call(layer, int(pattern.batch_first), _MANY_TOKENS)
-            proof = how(many, shared=shared, protected=protected)
+            proof = replace(how(many, shared=shared, protected=protected), learnt=proof.learnt)
         if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.
             proof = replace(proof, status="tested" if verdict.unknown else "proven", reason=verdict.unknown)
         return pattern, proof, verdict
@@ -280,17 +279,20 @@ class Examination:
         how = partial(judge, layer_in(self._slots[layer.name]), pattern, self.first_calls[layer.name], self._sandbox)
         return how(shared=shared, protected=protected)
 
-    def _hypotheses(self, layer: CallSite) -> Iterator[LayerPattern]:
-        """The known pattern; then, where another may be learnt, those that could be, the likeliest first."""
+    def _hypotheses(self, layer: CallSite) -> Iterator[tuple[LayerPattern, str]]:
+        """The known pattern; then, where another may be learnt, those that could be, the likeliest first.
+
+        Each with what it was learnt from.
+        """
         module = layer_in(self._slots[layer.name])
         if layer.pattern is not None:
-            yield layer.pattern
+            yield layer.pattern, "a known pattern"
             if layer.vouched or not self._learn:
                 return
         try:
-            for hypothesis in self._learner.hypotheses(layer.name, type(module)):
+            for hypothesis, learnt in self._learner.hypotheses(layer.name, type(module)):
                 if hypothesis != layer.pattern:
-                    yield hypothesis
+                    yield hypothesis, learnt
         except LTDError:
             if layer.pattern is None:  # Else the user is told what is wrong with the one that is known.
                 raise

@@ -50,6 +50,10 @@ def aligned(model: nn.Module) -> Any:
     return {str(site.aligned) for site in ltd_fx.summary(model).sites if site.routed}
 
 
+def learnt(model: nn.Module) -> Any:
+    return {site.proof.learnt for site in ltd_fx.summary(model).sites if site.proof is not None}
+
+
 # (batch, side, words, dim): all apart; as many tokens as words, as the width, as a head is wide, as sequences; and all.
 COINCIDENCES = [(2, 4, 6, 24), (2, 4, 16, 24), (2, 4, 6, 16), (2, 4, 6, 32), (16, 4, 6, 24), (16, 4, 16, 16)]
 
@@ -59,6 +63,7 @@ def test_sizes_that_are_equal_by_chance(sizes: tuple[int, ...]) -> None:
     model = Diffusion(sizes[-1]).train()
     ltd_fx.transform(model, example_inputs=inputs(*sizes))
     assert aligned(model) == {str({"rope": Aligned((0,), None, None)})}
+    assert learnt(model) == {"symbolic sizes"}
     model(**inputs(*sizes)).sum().backward()
     assert ltd_fx.verify(model, inputs(*sizes)).ok
 
@@ -119,6 +124,7 @@ def test_a_model_of_one_length(tokens: int, dim: int) -> None:
     model = Fixed(tokens, dim, 5).train()
     ltd_fx.transform(model, example_inputs=(torch.randn(2, tokens, dim),), protect=5, sampling="shared")
     assert aligned(model) == {str({"rope": Aligned((0,), None, -5)})}
+    assert learnt(model) == {"one length"}
     model(torch.randn(2, tokens, dim)).sum().backward()
 
 
@@ -140,6 +146,7 @@ def test_a_model_that_knows_no_symbols_is_learnt_from_other_lengths() -> None:
     model = Cached().train()
     ltd_fx.transform(model, example_inputs=(torch.randn(2, 16, 16),), sampling="shared")
     assert aligned(model) == {str({"rope": (0,)})}
+    assert learnt(model) == {"other sizes"}
 
 
 class TwoRows(Rotary):
