@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from ltd_fx.prove.flow import Flow, line_of, said_name
+from ltd_fx.prove.flow import Flow
+from ltd_fx.prove.nodes import line_of, said_name
 from ltd_fx.prove.values import Value
 from ltd_fx.prove.verdict import Verdict
 

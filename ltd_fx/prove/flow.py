@@ -5,7 +5,6 @@ are or on which place one has among them. ``values`` has what is known of a tens
 it.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -13,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ltd_fx.prove.nodes import operator_name, where, writes, written_maybe
 from ltd_fx.prove.values import Axis, Factor, Kind, MixesError, UnknownError, Value, axis_of, has_tokens, size_of
 from ltd_fx.prove.verdict import Verdict
-from ltd_fx.torch_private import TO_COPY, OpOverload, pytree, schema_of, storage_of, written_by
+from ltd_fx.torch_private import OpOverload, pytree, schema_of, storage_of, written_by
 from ltd_fx.torch_private_sizes import size_expr
 
 # What they take of a tensor is its shape and its dtype: of the first, or of the second.
@@ -114,8 +114,7 @@ class Flow:
         self.origins: dict[Verdict, fx.Node] = {}  # Where each flaw was found.
         self._graph, self._inputs = graph, iter(inputs)
         self._storages: dict[int, set[fx.Node]] = {}
-        operators = (node for node in graph.nodes if isinstance(node.target, OpOverload))
-        self._written = {node.args[0] for node in operators if schema_of(node.target).is_mutable}
+        self._written = set(map(written_maybe, graph.nodes))
 
     def is_length(self, node: fx.Node) -> bool:
         """Whether the node is a number that depends on the length."""
@@ -139,16 +138,15 @@ class Flow:
                     if returned in self.flaws:
                         return self.flaws[returned]
                     self._check_output(returned, hidden)
-                elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+                elif writes(node) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
                     self._visit(node)
             except (MixesError, UnknownError) as error:
                 return self._verdict(error, node)
         return Verdict()
 
     def _visit(self, node: fx.Node) -> None:
-        made: Any = node.meta["val"]
-        writes = isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
-        if writes:
+        made: Any = node.meta.get("val")
+        if writes(node):
             self._check_write(node)
         flaw = self._inherited(node)
         if flaw is None:
@@ -161,7 +159,7 @@ class Flow:
             shape = made.shape if isinstance(made, Tensor) else ()
             axes = tuple(axis_of(size_expr(n), self.length, self.protected) for n in shape)
             self.values[node] = Value(Kind.ROW, axes, hidden=True)
-        if writes:
+        if writes(node):
             self._write(node)
         if isinstance(made, Tensor):
             self._storages.setdefault(storage_of(made), set()).add(node)
@@ -182,9 +180,12 @@ class Flow:
     def _evaluate(self, node: fx.Node) -> Any:
         if any(self._is_of_values(each) for each in node.all_input_nodes):
             raise UnknownError("it goes by a number that was taken of a tensor")
-        made, found = node.meta["val"], self._value(node)
-        if isinstance(made, Tensor) and [size_of(a) for a in found.axes] != [size_expr(n) for n in made.shape]:
-            raise UnknownError("its axes cannot be told")
+        found = self._value(node)
+        for made, value in zip(
+            *(x if isinstance(x, (list, tuple)) else [x] for x in (node.meta["val"], found)), strict=True
+        ):
+            if isinstance(made, Tensor) and [size_of(a) for a in value.axes] != [size_expr(n) for n in made.shape]:
+                raise UnknownError("its axes cannot be told")
         return found
 
     def _is_of_values(self, node: fx.Node) -> bool:
@@ -220,8 +221,8 @@ class Flow:
 
     def _check_write(self, node: fx.Node) -> None:
         """An operator that writes into a tensor: its first argument alone, which nothing else may see."""
-        written = node.args[0]
-        if not isinstance(written, fx.Node) or written_by(cast("OpOverload", node.target)) - {0, "self"}:
+        written = written_maybe(node)
+        if written is None or written_by(cast("OpOverload", node.target)) - {0, "self"}:
             raise UnknownError("it writes into several tensors, or another than its first")
         if self.values[written].kind is Kind.ROW and written.op == "placeholder":
             raise MixesError("it writes into its input")
@@ -230,7 +231,8 @@ class Flow:
 
     def _write(self, node: fx.Node) -> None:
         """What was written to has the value of the result; what outlives the forward is a state."""
-        written = cast("fx.Node", node.args[0])
+        written = written_maybe(node)
+        assert written is not None
         if written.op != "call_function":
             if self.values[node].hidden:
                 raise UnknownError("it keeps a state of its hidden states")
@@ -248,7 +250,7 @@ class Flow:
         return Value(Kind.FIXED, axes)
 
     def _verdict(self, error: Exception, node: fx.Node) -> Verdict:
-        said = f"{error}: {_where(node)}"
+        said = f"{error}: {where(node)}"
         verdict = Verdict(mixes=said) if isinstance(error, MixesError) else Verdict(unknown=said)
         self.origins.setdefault(verdict, node)
         return verdict
@@ -263,36 +265,5 @@ class Flow:
             raise UnknownError("the hidden states that it returns have other axes")
 
 
-def operator_name(node: fx.Node) -> str:
-    """``add`` for ``aten.add_.Tensor``, and ``to`` for a cast below it; empty for what is no operator of aten."""
-    if not isinstance(node.target, OpOverload):
-        return ""
-    namespace, _, name = str(schema_of(node.target).name).partition("::")
-    if namespace != "aten":
-        return ""
-    name = name if name.startswith("__") else name.removesuffix("_")
-    return "to" if name == TO_COPY.name().split("::")[1].partition(".")[0] else name
-
-
 def _plain(axes: Sequence[Axis]) -> list[tuple[Factor, ...]]:
     return [tuple(factor for factor in axis if factor.tokens) for axis in axes]
-
-
-def _where(node: fx.Node) -> str:
-    """The operator, and the user's line that calls it."""
-    name, line = said_name(node), line_of(node)
-    return f"{name}, in {line[2]!r} ({line[0]}:{line[1]})" if line else name
-
-
-def said_name(node: fx.Node) -> str:
-    """The operator's name, for a person."""
-    if node.op != "call_function" or isinstance(node.target, OpOverload):
-        return operator_name(node) or (node.op if isinstance(node.target, str) else str(node.target))
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def line_of(node: fx.Node) -> tuple[str, str, str] | None:
-    """The line of the user's that a node comes of: file, number and code; ``None`` where that is not known."""
-    frames = re.findall(r'File "(.+?)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
-    outside = [(file, line, code.strip()) for file, line, code in frames if "/torch/" not in file]
-    return outside[-1] if outside else None

@@ -196,6 +196,7 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
     "rows of other tokens": lambda m, x: F.embedding(x.new_zeros(1, x.shape[1], dtype=torch.long), x[0]),
     "sizes by the length": lambda m, x: m.table[:2].repeat(x.shape[1] // 2, 1),
     "weights as bits": lambda m, x: (m.q(x) @ m.k(x).mT).softmax(-1).view(torch.int32).float() @ x,
+    "several at once": lambda m, x: torch._foreach_add_([y := x.clone()], [x.roll(1, 1)]) or y,
     "a state of hidden states": lambda m, x: x - m.calls.lerp_(x.mean(), 0.1),
     "an operator of somebody's": lambda m, x: torch.ops.ltd_fx_flow.conv1d(x),
     "places of another sequence": lambda m, x: m.attend_to(x, m.table[:6].expand(x.shape[0], -1, -1)),
