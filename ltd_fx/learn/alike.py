@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ltd_fx.learn.hooks import forward_hooks, may_change
 from ltd_fx.torch_private import pytree
 from ltd_fx.tree import leaves
 
@@ -22,6 +23,7 @@ def likeness(slot: nn.Module) -> Any:
             tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             tuple((n, _content(b)) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
             tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in _NUMBERS and _is_plain(v)),
+            tuple(id(hook) for hook in forward_hooks(module) if module is not slot and may_change(hook)),
         )
         for name, module in slot.named_modules()
     )

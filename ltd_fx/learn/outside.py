@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltd_fx.learn.hooks import forward_hooks
+
 # Files of these packages are not looked into: Python's own, torch's, and those that never hold a model's tables.
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "ltd_fx", "__future__"}
 # So deep are the containers that are looked into: an object's dictionary of dictionaries, say.
@@ -46,6 +48,7 @@ class Outside:
         modules = list(model.modules())
         classes = {base for module in modules for base in type(module).__mro__ if not _is_foreign(base)}
         roots = [value for module in modules for name, value in vars(module).items() if name not in _OWN]
+        roots += [hook for module in modules for hook in forward_hooks(module)]
         self._held: list[tuple[Any, list[Any], list[Any]]] = []
         self._caches: list[tuple[Any, int]] = []
         # the modules themselves are put back whole, whatever they hold

@@ -1,4 +1,4 @@
-"""Forwards that leave the program as it was: nothing counted, cached or written to, no hook called, no number drawn."""
+"""Forwards that leave the program as it was: nothing counted, cached, written to or drawn, no mere onlooker called."""
 
 import random
 import sys
@@ -13,22 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ltd_fx.errors import LTDError
+from ltd_fx.learn.hooks import computes, of_a_library
 from ltd_fx.learn.outside import Outside
 from ltd_fx.torch_private import (
     FakeTensorMode,
     OpOverload,
     TorchDispatchMode,
     call_without_hooks,
-    hooks_of,
     is_fake,
     replace_tensors,
     storage_of,
     written_by,
 )
 from ltd_fx.torch_private_sizes import symbolic_mode
-
-# Whose hooks are a part of what a module computes: sharded and tensor-parallel weights, recorded outputs, adapters.
-_COMPUTING = ("torch", "transformers", "peft", "accelerate")
 
 
 class Sandbox:
@@ -61,29 +58,30 @@ class Sandbox:
     def open(self, module: nn.Module | None = None, *, fake: FakeTensorMode | None = None) -> Iterator[None]:
         """Undo what forwards of the model do besides what they return, and all that is done to its modules' attributes.
 
-        Within, the modules have buffers of their own, copies or fakes, and call no hooks of the user's.
+        Within, the modules have buffers of their own, copies or fakes, and call no hooks that only watch.
 
         Args:
-            module: instead of the model, a copy of a part of it.
+            module: instead of the model, a layer or a copy of one; hooks of its own are around what is routed.
             fake: parameters and buffers are fake, of this mode, under which the forwards are to run.
         """
         modules = list((self._model if module is None else module).modules())
+        hooks = [computes if each is not module else of_a_library for each in modules]
         with _random_state(), _autocast_cache_off(), _attributes(modules), _Writes() as writes:
             try:
-                for each in modules:
+                for each, called in zip(modules, hooks, strict=True):
                     if not isinstance(each, torch.jit.ScriptModule):
                         self._substitute(each, fake)
+                        call_without_hooks(each, but=called)
                 yield
             finally:
                 self._outside.put_back(writes.is_new)
 
     def _substitute(self, module: nn.Module, fake: FakeTensorMode | None) -> None:
-        """Give the module tensors to write to, and take its hooks; :func:`_attributes` puts them back."""
+        """Give the module tensors to write to; :func:`_attributes` puts its own back."""
         own = _copy if fake is None else partial(_fake, fake)
         replace_tensors(module, own, None if fake is None else partial(self._fake_parameter, fake))
         plain = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
         module.__dict__.update({name: own(value) for name, value in plain.items()})
-        call_without_hooks(module, but=_computes)
 
     def _fake_parameter(self, mode: FakeTensorMode, parameter: Tensor | None) -> Tensor | None:
         key = id(mode), id(parameter)
@@ -145,19 +143,6 @@ def _attributes(modules: list[nn.Module]) -> Iterator[None]:
                 parameter.grad = grad
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-
-
-def leaves_hooks_out(layer: nn.Module) -> bool:
-    """Whether modules within the layer have forward hooks that a sandbox does not call; its own are outside of it."""
-    within = (module for module in layer.modules() if module is not layer)
-    hooks = [hook for module in within for each in hooks_of(module)[:2] for hook in each.values()]
-    return not all(map(_computes, hooks))
-
-
-def _computes(hook: Any) -> bool:
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in _COMPUTING
 
 
 class _Writes(TorchDispatchMode):

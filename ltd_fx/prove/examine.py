@@ -25,7 +25,7 @@ from ltd_fx.learn import (
     stream,
     structure,
 )
-from ltd_fx.prove.proof import FEWEST, TOO_FEW, prove
+from ltd_fx.prove.proof import FEWEST, TOO_FEW, prove, prove_alone
 from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
@@ -250,7 +250,7 @@ class Examination:
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         verdict = self._judge(layer, pattern, shared, protected)
         if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
-            how = partial(prove, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
+            how = partial(prove_alone, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
             many = self._call(layer, int(pattern.batch_first), _MANY_TOKENS)
             proof = replace(how(many, shared=shared, protected=protected), learnt=proof.learnt)
         if proof.status == "tested":  # That sequences do not see each other, the test alone has shown.

@@ -5,9 +5,7 @@ of ordinary size, since a freshly initialised layer (attention logits near zero,
 anything; in float64, so that what differs, differs by far more than rounding.
 """
 
-import copy
 import math
-from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,24 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn import Call, LayerPattern, Proof, Sandbox, forward_signature, is_stream, layer_in
+from ltd_fx.learn import Call, LayerPattern, Proof, Sandbox, forward_signature, is_stream, layer_in, stream
 from ltd_fx.passes import RoutedLayer, routed_class, swap_back, swap_class
+from ltd_fx.prove.random_copy import noise, random_copy
 from ltd_fx.prove.reference import DefaultDtype, NotVerifiableError, Scores, dense_reference, run_plain
 from ltd_fx.runtime import RouteState, Site
-from ltd_fx.torch_private import hooks_of
 from ltd_fx.tree import items_of, leaves, map_tensors
 
-# Random numbers are repeated from a pool of this many, a prime: no two rows of a matrix are alike, and it is quick.
-_POOL = 65537
 # The largest error that is rounding: of some hundred operations in float64; and in float32, which some kernels add in
-# another order.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+# another order. In fewer bits, a rounded score may send a token to another expert: there, of half of the tokens.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 # Of fewer tokens than this, in a sequence, half leave nothing to compare.
 FEWEST = 4
 # Of fewer tokens than this, in all sequences, one draw may agree by chance.
 _FEW = 256
 # Where most of the tokens are padding.
 TOO_FEW = "too few tokens can attend to others"
+# Where a dtype has no kernel here; or too few bits, for random weights or to tell attention from rounding.
+_FAILS, _NOT_FINITE, _ALONE = _SAYS_NOTHING = "the dense layer fails", "its outputs are not finite", "no token attends"
 
 
 def prove(
@@ -45,6 +43,7 @@ def prove(
     shared: bool = False,
     protected: int = 0,
     atol: float | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
 ) -> Proof:
     """Compare a routed layer with its dense reference, on half of the tokens, in eval and in training mode.
 
@@ -57,6 +56,7 @@ def prove(
         shared: one draw for the batch.
         protected: so many first tokens are always kept.
         atol: the largest error relative to the reference's largest value; ``None``: what rounding makes.
+        dtypes: to run it in; another one only where it fails in those before, for some kernels know no float64.
 
     Raises:
         LTDError: there are fewer than four tokens.
@@ -66,9 +66,9 @@ def prove(
         return Proof(name, layer_class.__name__, "not verifiable", None, "it is never called")
     few = all(t.numel() // t.shape[-1] < _FEW for t in leaves((call.args, call.kwargs)) if is_stream(t) and t.numel())
     reason = ""
-    for dtype in (torch.float64, torch.float32):  # Some kernels know no float64.
+    for dtype in dtypes:
         try:
-            layer = _random_copy(slot, dtype)
+            layer = random_copy(slot, dtype)
             how = (layer_class, pattern, call, dtype, _ROUNDING[dtype] if atol is None else atol, shared, protected)
             with sandbox.open(layer):
                 results = [_compare(layer, *how, draw) for draw in ((1, 2) if few else (1,))]
@@ -81,12 +81,12 @@ def prove(
         except _WrongError as failure:
             return Proof(name, layer_class.__name__, "wrong", failure.size, str(failure))
         except _LayerError as failure:
-            reason = f"the dense layer fails: {failure}"
+            reason = f"{_FAILS}: {failure}"
             continue
         error = max(result.error for result in results)
         if not any(result.attends for result in results):
             along = f"dimension {1 if pattern.batch_first else 0} of its hidden states"
-            status, reason = "not verifiable", f"no token attends to another along {along}; is that the sequence?"
+            status, reason = "not verifiable", f"{_ALONE} to another along {along}; is that the sequence?"
             if pattern.dropped:
                 status, reason = (
                     "wrong",
@@ -96,6 +96,24 @@ def prove(
         counts = any(result.counts for result in results)
         return Proof(name, layer_class.__name__, "tested", error, counts=counts)
     return Proof(name, layer_class.__name__, "not verifiable", None, reason)
+
+
+def prove_alone(name: str, slot: nn.Module, pattern: LayerPattern, call: Call, **options: Any) -> Proof:
+    """As :func:`prove`, and in the dtype that the layer is trained in: for layers that nothing else shows right.
+
+    Args:
+        name: see :func:`prove`, and so for all others.
+        slot: ditto.
+        pattern: ditto.
+        call: its hidden states tell the dtype.
+        options: ditto.
+    """
+    proof = prove(name, slot, pattern, call, **options)
+    hidden = stream(call)
+    if not proof.right or hidden is None or hidden.dtype == torch.float64:
+        return proof
+    trained = prove(name, slot, pattern, call, **options, dtypes=(hidden.dtype,))
+    return proof if trained.right or trained.reason.startswith(_SAYS_NOTHING) else trained
 
 
 class _WrongError(Exception):
@@ -144,7 +162,7 @@ def _compare(
     kept = torch.zeros(shape[:2], dtype=torch.bool, device=given.device)
     kept = kept.scatter(1, indices.expand(shape[0], -1), True)
     generator = torch.Generator().manual_seed(draw)
-    hidden, stranger = (_noise(shape, dtype, generator).to(given.device) for _ in range(2))
+    hidden, stranger = (noise(shape, dtype, generator).to(given.device) for _ in range(2))
 
     def run(hidden: Tensor) -> list[Tensor]:
         bound = signature.bind(*call.args, **call.kwargs)
@@ -164,7 +182,7 @@ def _compare(
     reference, other, blind, unblocked, counted = dense_reference(run, hidden, kept)
     seen = kept & ~blind
     if not reference[0][seen].isfinite().all():
-        raise NotVerifiableError(f"its outputs are not finite in {dtype}")
+        raise NotVerifiableError(f"{_NOT_FINITE} in {dtype}")
     if _difference(other[:1], reference[:1], seen) > atol:
         raise NotVerifiableError(
             "kept tokens see dropped ones by other ways than softmax attention (a convolution, a state, a fused or "
@@ -229,47 +247,6 @@ def _site(layer: nn.Module, indices: Tensor, protected: int) -> Site:
     return site
 
 
-def _random_copy(slot: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # Its hooks are left out, for they may hold all of the user's program.
-    memo: dict[int, Any] = {id(hooks): OrderedDict() for module in slot.modules() for hooks in hooks_of(module)}
-    try:
-        layer = copy.deepcopy(slot, memo)
-    except Exception as error:
-        raise NotVerifiableError(f"it cannot be copied: {type(error).__name__}: {error}") from error
-    if isinstance(layer, RoutedLayer):
-        swap_back(layer)
-    layer = layer.to(dtype).eval()
-    pool = _noise((_POOL,), dtype, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            if not parameter.is_floating_point():
-                continue
-            noise = _fill(parameter, pool)
-            if parameter.ndim < 2:
-                parameter.add_(noise, alpha=0.3)
-            else:
-                parameter.copy_(noise.mul_(1.5 / math.sqrt(max(parameter.shape[-2:]))))
-        for buffer in layer.buffers():
-            # A table that is yet to be filled would hide that it is read by place.
-            if buffer.ndim and buffer.is_floating_point() and not buffer.any():
-                buffer.data = _fill(buffer, pool).abs()  # not written into: it may be expanded
-    return layer
-
-
-def _noise(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    # The random numbers are made on the CPU, whatever the default device is.
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
-
-
-def _fill(like: Tensor, pool: Tensor) -> Tensor:
-    """The pool's numbers, again and again, in the shape of ``like``."""
-    flat = torch.empty(like.numel(), dtype=pool.dtype, device="cpu")
-    whole = flat.numel() // _POOL * _POOL
-    flat[:whole].view(-1, _POOL)[:] = pool
-    flat[whole:] = pool[: flat.numel() - whole]
-    return flat.view(like.shape).to(like.device)
-
-
 def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
     """The hidden states ``[B, S, D]`` of a layer's output, then its further tensors."""
     items = items_of(output) or [output]
@@ -283,12 +260,16 @@ def _outputs(output: Any, pattern: LayerPattern) -> list[Tensor]:
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor], rows: Tensor) -> float:
-    """The largest difference relative to the largest value, over ``rows`` of the hidden states and all else."""
+    """The largest difference relative to the largest value, over ``rows`` of the hidden states and all else.
+
+    In fewer bits than 32, that of the median row.
+    """
     worst = 0.0
     pairs = [(ours[0][rows], theirs[0][rows]), *zip(ours[1:], theirs[1:], strict=True)]
     for a, b in pairs:
         if a.numel() == 0:
             continue
         scale = b.detach().abs().max().item() or 1.0
-        worst = max(worst, ((a - b).detach().abs().max() / scale).nan_to_num(math.inf).item())
+        each = ((a - b).detach().abs() / scale).nan_to_num(math.inf).reshape(*a.shape[:1], -1).amax(-1)
+        worst = max(worst, (each.median() if each.dtype.itemsize < 4 else each.max()).item())
     return worst

@@ -1,5 +1,6 @@
 """The numerical test by itself, without token flow: each of its strengths shows a wrong layer that no other does."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 import ltd_fx
 from ltd_fx import LayerPattern, LTDError
 from ltd_fx.learn import Call, Proof, Sandbox
-from ltd_fx.prove.proof import prove
+from ltd_fx.prove.proof import prove, prove_alone
 
 DIM, TOKENS = 16, 12
 
@@ -40,6 +41,13 @@ class InTraining(Plain):
         return super().forward(x + torch.arange(x.shape[1])[:, None] if self.training else x)
 
 
+class OfFew(Plain):
+    """Half of twelve tokens do not show it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + float(x.shape[1] < 5))
+
+
 class ZeroTable(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -49,9 +57,9 @@ class ZeroTable(Plain):
         return super().forward(x + self.table[: x.shape[1]])
 
 
-@pytest.mark.parametrize("layer", [Slightly, InTraining, ZeroTable])
+@pytest.mark.parametrize("layer", [Slightly, InTraining, OfFew, ZeroTable])
 def test_a_wrong_layer_that_one_strength_shows(layer: type[nn.Module]) -> None:
-    """A tolerance of rounding alone; training mode; tables that are yet to be filled."""
+    """A tolerance of rounding alone; training mode; a second draw; tables that are yet to be filled."""
     assert proof_of(Plain()).status == "tested"
     proof = proof_of(layer())
     assert proof.status == "wrong"
@@ -98,6 +106,23 @@ class ByNumber(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + float(x.shape[1]) if self.number == 3 else x)
+
+
+class InOneDtype(Plain):
+    """Of whose code path in float64 nothing is trained; token flow does not know a stride."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).as_strided(x.shape, x.stride())
+        return y if x.dtype == torch.float64 else y + x.roll(1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_layer_that_shows_in_the_dtype_of_training(dtype: torch.dtype) -> None:
+    layer = InOneDtype().to(dtype)
+    call = Call("it", (torch.randn(2, 64, DIM, dtype=dtype),), {}, None)
+    how = partial(prove_alone, "it", pattern=LayerPattern(hidden="x", output=None), call=call, sandbox=Sandbox(layer))
+    assert how(slot=Plain().to(dtype)).status == "tested"
+    assert "other ways than softmax attention" in how(slot=layer).reason
 
 
 @pytest.mark.parametrize(("layer", "name"), [(WhenLong, "layers.1"), (ByNumber, "layers.3")])

@@ -221,11 +221,21 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
-def test_a_forward_hook_within_a_layer_is_not_proven() -> None:
+def test_a_forward_hook_within_a_layer_is_a_part_of_it() -> None:
     layer, x = Layer(), torch.randn(2, TOKENS, DIM)
     layer.norm.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
-    verdict = judge(layer, PATTERN, Call("it", (x,), {}, None), Sandbox(layer))
-    assert "forward hooks" in verdict.unknown
+    assert "mean" in judge(layer, PATTERN, Call("it", (x,), {}, None), Sandbox(layer)).mixes
+
+
+def test_a_forward_hook_that_may_write_unseen_is_not_known() -> None:
+    """It returns nothing, so it is not called."""
+    layer, x = Layer(), torch.randn(2, TOKENS, DIM)
+
+    def write(module: nn.Module, args: Any, out: Tensor) -> None:
+        out[:, 0] = 0
+
+    layer.norm.register_forward_hook(write)
+    assert "forward hooks" in judge(layer, PATTERN, Call("it", (x,), {}, None), Sandbox(layer)).unknown
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
