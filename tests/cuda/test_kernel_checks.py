@@ -37,7 +37,8 @@ def check(flags: tuple[str, ...], folder: Path, *args: str, kernels: str = KERNE
 
 
 @pytest.mark.parametrize("flags", [MEMORY, RACES], ids=["memory", "races"])
-@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", ["few", "all"])
 def test_sanitizers_find_nothing(flags: tuple[str, ...], cases: str, tmp_path: Path) -> None:
     assert check(flags, tmp_path, cases) == (0, "all right\n")
 

@@ -93,8 +93,8 @@ def routed(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
     return ltd_fx.transform(model, scheduler, device_mesh=mesh), scheduler
 
 
-@pytest.mark.parametrize("static_graph", [False, True])
-@pytest.mark.parametrize("checkpoint", [None, False, True])
+@pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpoint", [None, pytest.param(False, marks=pytest.mark.slow), True])
 @on_ranks(2)
 def test_ddp(checkpoint: bool | None, static_graph: bool) -> None:
     model = llama()

@@ -59,7 +59,7 @@ def assert_trains_as_expected(model: nn.Module, scheduler: LTDScheduler, build: 
         scheduler.step()
 
 
-@pytest.mark.parametrize("checkpoint", [None, False, True])
+@pytest.mark.parametrize("checkpoint", [None, pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(2)
 def test_fully_shard(order: str, checkpoint: bool | None) -> None:

@@ -46,7 +46,7 @@ def gradients(model: nn.Module, run: Any = None) -> list[dict[str, Tensor]]:
     return steps
 
 
-@pytest.mark.parametrize("checkpoint", [None, False, True])
+@pytest.mark.parametrize("checkpoint", [None, pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("order", ["before", "after"])
 @on_ranks(2)
 def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:

@@ -46,7 +46,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("act", ACTS)
 def test_something_done_to_the_hidden_states(act: str, compiled: bool) -> None:
     model = routed()

@@ -66,7 +66,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("sampling", ["per_sample", "shared"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "bert"))])
 def test_a_routed_model_equals_the_blocked_dense_one(family: str, sampling: str) -> None:
     case = deep(family)
     routed, inputs = case.model(), case.inputs()

@@ -52,7 +52,7 @@ def test_tables_per_sample_in_training_only() -> None:
     assert torch.equal(model.eval()(x), plain(x))
 
 
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("lazy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_timms_patch_dropout_with_rotary_tables(lazy: bool) -> None:
     timm = pytest.importorskip("timm")
     sizes: dict[str, Any] = {"img_size": 56, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}

@@ -33,7 +33,7 @@ def transformed(model: nn.Module | None = None, **options: Any) -> nn.Module:
     return ltd_fx.transform((model or Encoder(4)).train(), LTDScheduler(KEEP, 12, 10), **options)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_within_a_larger_compiled_program_it_routes_at_once_and_waits(fullgraph: bool) -> None:
     model = transformed()
     run = torch.compile(lambda x: model(x) * 2, fullgraph=fullgraph, backend="aot_eager")

@@ -51,7 +51,14 @@ def test_right_or_refused(entry: Entry) -> None:
         assert re.search(entry.refused, row.reason)
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MixtralForCausalLM",
+        pytest.param("Qwen2MoeForCausalLM", marks=pytest.mark.slow),
+        pytest.param("GptOssForCausalLM", marks=pytest.mark.slow),
+    ],
+)
 def test_experts_in_bfloat16_are_routed(name: str) -> None:
     """They sort the tokens by expert and put each one's result back, in other operators than in float32."""
     pytest.importorskip("transformers")

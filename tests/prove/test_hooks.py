@@ -50,7 +50,7 @@ class Adds:
         return adds(module, args, out)
 
 
-@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("lazily", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "hook", [adds, adds_before, adds_in_place, augments, Adds()], ids=lambda hook: getattr(hook, "__name__", "Adds")
 )

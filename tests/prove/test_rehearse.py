@@ -34,7 +34,7 @@ def test_no_fake_tensor_stays_in_the_sites() -> None:
     assert str(ltd_fx.sampled_indices(model)) == str(ltd_fx.sampled_indices(fresh))
 
 
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("lazy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_loss_over_what_is_inside_the_layers(lazy: bool) -> None:
     """Router logits have the kept tokens only; under a padding mask, transformers' loss wants them all."""
     model = decoder("Mixtral", **MOE)().train()

@@ -182,7 +182,7 @@ def test_batch_and_sequence_mistaken_for_each_other_are_refused(batch: int, seq:
     refused(Stack(Plain), (torch.randn(batch, seq, D),), r"layers\.1 .*cannot be routed|batch_first")
 
 
-@pytest.mark.parametrize("sampling", ["per_sample", "shared"])
+@pytest.mark.parametrize("sampling", ["per_sample", pytest.param("shared", marks=pytest.mark.slow)])
 def test_the_correct_patterns_are_verified_and_reported(sampling: str) -> None:
     ltd_fx.register_pattern(Custom, CUSTOM)
     ltd_fx.register_pattern(llama_layer(), llama_pattern())

@@ -159,7 +159,7 @@ def test_shared_sampling_draws_once_for_the_batch() -> None:
         assert torch.equal(rows, rows[:1].expand_as(rows))
 
 
-@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("forwards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resume_goes_on_bit_for_bit(llama: Case, forwards: int) -> None:
     def train(steps: range, model: nn.Module, scheduler: LTDScheduler, optimizer: Any) -> list[float]:
         losses = []

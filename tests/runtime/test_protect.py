@@ -250,7 +250,7 @@ def test_bad_values_are_refused_and_the_model_untouched(protect: Any, message: s
 @pytest.mark.parametrize(
     ("name", "options", "first", "lazy"),
     [
-        ("eva02_tiny_patch14_224", {"ref_feat_shape": (8, 8)}, 1, False),
+        pytest.param("eva02_tiny_patch14_224", {"ref_feat_shape": (8, 8)}, 1, False, marks=pytest.mark.slow),
         ("vit_small_patch16_dinov3", {"init_values": 0.5}, 5, True),
     ],
 )

@@ -50,7 +50,9 @@ def test_each_call_has_rows_of_its_own_and_counts() -> None:
     assert scheduler.total_layer_tokens(1) == LOOPS * (4 + 2 * SEQ)
 
 
-@pytest.mark.parametrize("how", ["whole", "layers", "checkpointed", "inlined"])
+@pytest.mark.parametrize(
+    "how", ["whole", "layers", *(pytest.param(how, marks=pytest.mark.slow) for how in ("checkpointed", "inlined"))]
+)
 def test_compiled_as_eager(how: str) -> None:
     # of a class of our own: Dynamo compiles no layer of torch.nn by itself
     (eager, each), (model, scheduler) = looped(False, Rows), looped(how == "checkpointed", Rows)
