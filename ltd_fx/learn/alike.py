@@ -8,21 +8,20 @@ import torch
 from torch import nn
 
 from ltd_fx.learn.hooks import forward_hooks, may_change
+from ltd_fx.learn.numbers import NUMBERS
 from ltd_fx.torch_private import pytree
 from ltd_fx.tree import leaves
 
-_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}
-
 
 def likeness(slot: nn.Module) -> Any:
-    """What a layer is apart from its weights and its number in the stack."""
+    """What a layer is apart from its weights and its number in the stack (see :meth:`Sandbox.goes_by_number`)."""
     return tuple(
         (
             name,
             type(module),
             tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             tuple((n, _content(b)) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
-            tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in _NUMBERS and _is_plain(v)),
+            tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in NUMBERS and _is_plain(v)),
             tuple(id(hook) for hook in forward_hooks(module) if module is not slot and may_change(hook)),
         )
         for name, module in slot.named_modules()

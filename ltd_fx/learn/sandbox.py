@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.hooks import computes, of_a_library
+from ltd_fx.learn.numbers import watch_number
 from ltd_fx.learn.outside import Outside
 from ltd_fx.torch_private import (
     FakeTensorMode,
@@ -48,6 +49,7 @@ class Sandbox:
         self._model = model
         self._outside = Outside(model)
         self._fakes: dict[tuple[int, int], Any] = {}
+        self._numbered: set[type[nn.Module]] = set()
 
     @cached_property
     def symbolic(self) -> FakeTensorMode:
@@ -72,9 +74,14 @@ class Sandbox:
                     if not isinstance(each, torch.jit.ScriptModule):
                         self._substitute(each, fake)
                         call_without_hooks(each, but=called)
+                        watch_number(each, partial(self._numbered.add, type(each)))
                 yield
             finally:
                 self._outside.put_back(writes.is_new)
+
+    def goes_by_number(self, layer: nn.Module) -> bool:
+        """Whether modules like those of the layer computed something from their layer's number, in forwards so far."""
+        return any(type(module) in self._numbered for module in layer.modules())
 
     def _substitute(self, module: nn.Module, fake: FakeTensorMode | None) -> None:
         """Give the module tensors to write to; :func:`_attributes` puts its own back."""

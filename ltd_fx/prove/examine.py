@@ -78,8 +78,7 @@ class Examination:
 
     def divide(self, layers: Sequence[CallSite], protected: int) -> tuple[list[CallSite], list[CallSite]]:
         """Of ``layers`` those that are called on tokens enough to be examined, and those called on fewer."""
-        shown: list[CallSite] = []
-        too_short: list[CallSite] = []
+        shown, too_short = list[CallSite](), list[CallSite]()
         for layer in layers:
             if layer.name in self.first_calls:
                 hidden = stream(self.first_calls[layer.name])
@@ -205,10 +204,13 @@ class Examination:
         return proof
 
     def accept_all(self, layers: Sequence[CallSite], *, shared: bool, protected: int) -> list[CallSite]:
-        """As :meth:`accept`; layers that are alike and called alike are proven by two of them."""
+        """As :meth:`accept`; layers that are alike and called alike are proven by two, if they go by no number."""
         accepted: dict[str, CallSite] = {}
         for layer in layers:
             sample = self._samples.get(layer.name, layer.name)
+            if sample != layer.name and self._sandbox.goes_by_number(self._slots[layer.name]):
+                self._samples[layer.name] = sample = layer.name
+                self._values.clear()
             if sample == layer.name:
                 accepted[layer.name] = self.accept(layer, shared=shared, protected=protected)
             else:

@@ -129,3 +129,51 @@ def test_a_wrong_layer_that_shows_in_the_dtype_of_training(dtype: torch.dtype) -
 def test_a_wrong_layer_that_shows_at_length_or_in_one_of_its_kind(layer: type[nn.Module], name: str) -> None:
     with pytest.raises(LTDError, match=rf"{name} .*kept tokens differ"):
         ltd_fx.transform(Stack(layer).train(), layers=layer, example_inputs=(torch.randn(2, 64, DIM),))
+
+
+class ByLayerNumber(Plain):
+    """The fourth is another than its like, by what all libraries call the layer's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_idx = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.arange(x.shape[1])[:, None] if self.counts() else x)
+
+    def counts(self) -> bool:
+        return self.layer_idx == 3
+
+
+class InTrainingByRemainder(ByLayerNumber):
+    def counts(self) -> bool:
+        return self.training and self.layer_idx % 4 == 3
+
+
+@pytest.mark.parametrize("layer", [ByLayerNumber, InTrainingByRemainder])
+def test_a_layer_that_goes_by_its_number_is_proven_by_itself(layer: type[nn.Module]) -> None:
+    with pytest.raises(LTDError, match=r"layers.3 .*cannot be routed"):
+        ltd_fx.transform(Stack(layer).train(), layers=layer, example_inputs=(torch.randn(2, 24, DIM),))
+
+
+def test_a_number_that_is_handed_to_a_cache_decides_nothing() -> None:
+    class Cache:
+        def get_seq_length(self) -> int:
+            return 0
+
+        def update(self, number: int) -> bool:
+            return number >= 2 and number % 2 == 0
+
+    class Cached(ByLayerNumber):
+        def counts(self) -> bool:
+            return Cache().update(self.layer_idx) and False
+
+    model, number = Stack(Cached), 0
+    sandbox = Sandbox(model)
+    with sandbox.open():
+        model(torch.randn(2, TOKENS, DIM))
+    assert not sandbox.goes_by_number(model.layers[number])
+    with sandbox.open():
+        assert model.layers[3].layer_idx * 2 == 6
+    assert sandbox.goes_by_number(model.layers[number])
+    assert type(model.layers[3].layer_idx) is int
