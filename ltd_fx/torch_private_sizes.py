@@ -7,7 +7,7 @@ import torch
 
 from ltd_fx.torch_private import FakeTensorMode
 
-__all__ = ["decided_by", "simplified", "size_expr", "symbolic_mode", "symbolic_sizes"]
+__all__ = ["decided_by", "own_symbols", "replaced", "simplified", "size_expr", "symbolic_mode", "symbolic_sizes"]
 
 
 def symbolic_mode() -> FakeTensorMode:
@@ -39,6 +39,18 @@ def simplified(mode: FakeTensorMode, size: Any) -> Any:
     """The expression of a size, with what is known by now to be equal replaced by one symbol."""
     env: Any = mode.shape_env
     return env.simplify(size_expr(size))
+
+
+def replaced(mode: FakeTensorMode) -> list[tuple[Any, Any]]:
+    """The symbols that are known to be equal to an expression of others, and that expression."""
+    env: Any = mode.shape_env
+    return list(env.replacements.items())
+
+
+def own_symbols(size: Any) -> set[Any]:
+    """The symbols of a size as it was made, whatever is known to be equal to them since."""
+    expr: Any = size.node._expr if isinstance(size, torch.SymInt) else None
+    return set() if expr is None else set(expr.free_symbols)
 
 
 def size_expr(size: Any) -> Any:

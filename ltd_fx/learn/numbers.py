@@ -1,6 +1,6 @@
 """A layer's number in its stack: handed on to a cache, in most models; in others it decides what the layer does."""
 
-import sys
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +23,9 @@ def _noting(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
     def method(self: LayerNumber, *args: Any) -> Any:
-        if not hasattr(sys._getframe(1).f_locals.get("self"), "get_seq_length"):
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if not hasattr(caller, "get_seq_length"):
             self.used()
         return plain(self, *args)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn.observe import Call, TensorSpec, describe, quiet, run_model, watch_calls
+from ltd_fx.learn.observe import Call, TensorSpec, describe, is_stream, quiet, run_model, watch_calls
 from ltd_fx.learn.probe import Edit, Probe, by_name, stream
 from ltd_fx.learn.sandbox import Sandbox
 from ltd_fx.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, pytree
-from ltd_fx.torch_private_sizes import decided_by, simplified, symbolic_sizes
+from ltd_fx.torch_private_sizes import decided_by, own_symbols, replaced, simplified, symbolic_sizes
 from ltd_fx.tree import map_tensors
 
 
@@ -55,7 +55,8 @@ class SymbolicCalls:
                     raise
         first = by_name(calls)
         streams = {name: stream(call) for name, call in first.items()}
-        sizes = _Sizes(mode, [s for s in streams.values() if s is not None])
+        further = [leaf for call in calls for leaf in pytree.tree_leaves((call.args, call.kwargs)) if is_stream(leaf)]
+        sizes = _Sizes(mode, [s for s in streams.values() if s is not None], further)
         self._streams = {name: () if s is None else sizes.of(s) for name, s in streams.items()}
         self._inputs = [sizes.of(leaf) if isinstance(leaf, Tensor) else () for leaf in pytree.tree_leaves(given)]
         self._plain = [leaf.shape if isinstance(leaf, TensorSpec) else () for leaf in _leaves(inputs)]
@@ -97,7 +98,7 @@ def boundary_probe(slot: nn.Module, call: Call, *, sandbox: Sandbox) -> Probe:
         run_model(lambda *a, **k: made.append(slot(*a, **k)), args, kwargs, failing="does not run on symbolic sizes")
     called = Call(call.name, args, kwargs, made[0])
     hidden = [s for s in [stream(called)] if s is not None]
-    return Probe(Edit(0, {}), {call.name: _Sizes(mode, hidden).described(called)})
+    return Probe(Edit(0, {}), {call.name: _Sizes(mode, hidden, []).described(called)})
 
 
 def _leaves(inputs: Any) -> list[Any]:
@@ -127,16 +128,18 @@ class _Sizes:
         mode: after the forward.
         hidden: its hidden states, whose own symbols the others are expressed by: the rows of a table for two sequences,
             made from other inputs than these, are as many as both have.
+        further: other sequences, whose symbols are the next to be kept.
     """
 
-    def __init__(self, mode: FakeTensorMode, hidden: list[Tensor]) -> None:
+    def __init__(self, mode: FakeTensorMode, hidden: list[Tensor], further: list[Tensor]) -> None:
         self._mode, self._others = mode, dict[Any, Any]()
-        own = set().union(*(simplified(mode, n).free_symbols for tensor in hidden for n in tensor.shape))
-        for condition, _ in decided_by(mode, None)[0]:
-            if type(condition).__name__ != "Equality":
-                continue
-            zero = self._expressed(simplified(mode, condition.lhs - condition.rhs))
-            for symbol in sorted(zero.free_symbols - own, key=str):
+        own = set().union(*(own_symbols(n) for tensor in hidden for n in tensor.shape))
+        known = set().union(*(own_symbols(n) for tensor in further for n in tensor.shape))
+        conditions = [c for c, _ in decided_by(mode, None)[0] if type(c).__name__ == "Equality"]
+        zeros = [simplified(mode, condition.lhs - condition.rhs) for condition in conditions]
+        for zero in [*(symbol - size for symbol, size in replaced(mode)), *zeros]:
+            zero = self._expressed(zero)
+            for symbol in sorted(zero.free_symbols - own, key=lambda s: (s in known, str(s))):
                 rest = zero - zero.coeff(symbol) * symbol
                 if zero.coeff(symbol) in (1, -1) and symbol not in rest.free_symbols:
                     found = {symbol: -rest * zero.coeff(symbol)}

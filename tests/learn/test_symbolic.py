@@ -41,6 +41,20 @@ class Diffusion(nn.Module):
         return image
 
 
+class Placed(nn.Module):
+    """Takes the places of words and image tokens too, whose numbers only add up to those of both streams."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.layers = dim, nn.ModuleList(Joint(dim) for _ in range(4))
+
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor, words: Tensor, places: Tensor) -> Tensor:
+        rope = tables(torch.cat([words, places]), self.dim // HEADS)
+        for layer in self.layers:
+            image, text = layer(image, text, condition, rope)
+        return image
+
+
 def inputs(batch: int, side: int, words: int, dim: int) -> dict[str, Tensor]:
     shapes = {"pixels": (batch, 3, side, side), "text": (batch, words, dim), "condition": (batch, dim)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -168,3 +182,19 @@ def test_a_table_of_two_rows_a_token_is_refused() -> None:
 
     with pytest.raises(LTDError, match=r"layers\.1.*'rope'.*changes with the sequence length"):
         ltd_fx.transform(Doubled().train(), example_inputs=(torch.randn(2, 16, 16),))
+
+
+@pytest.mark.parametrize("words", [6, 16])
+def test_numbers_that_only_add_up_to_the_tokens(words: int) -> None:
+    def given(side: int, words: int) -> dict[str, Tensor]:
+        shapes = {"image": (2, side * side, 24), "text": (2, words, 24), "condition": (2, 24)}
+        numbers = {"words": torch.arange(words), "places": torch.arange(side * side)}
+        return {name: torch.randn(shape) for name, shape in shapes.items()} | numbers
+
+    model = Placed(24).train()
+    ltd_fx.transform(model, example_inputs=given(4, words), sampling="shared")
+    assert aligned(model) == {str({"rope": Aligned((0,), None, None)})}
+    assert learnt(model) == {"symbolic sizes"}
+    for side, others in ((4, 16), (5, 7)):
+        model(**given(side, others)).sum().backward()
+        assert ltd_fx.verify(model, given(side, others)).ok

@@ -44,6 +44,20 @@ def test_simplified() -> None:
     assert torch_private_sizes.simplified(mode, third) == 4
 
 
+def test_replaced() -> None:
+    """And a size's own symbols stay what they were."""
+    mode = torch_private_sizes.symbolic_mode()
+    a, b = torch_private_sizes.symbolic_sizes(mode, (5, 5), "sizes")
+    before = torch_private_sizes.own_symbols(a), torch_private_sizes.own_symbols(b)
+    assert torch_private_sizes.replaced(mode) == []
+    assert before[0] != before[1]
+    assert a == b
+    ((symbol, size),) = torch_private_sizes.replaced(mode)
+    assert {symbol} | size.free_symbols == before[0] | before[1]
+    assert (torch_private_sizes.own_symbols(a), torch_private_sizes.own_symbols(b)) == before
+    assert torch_private_sizes.own_symbols(5) == set()
+
+
 def test_size_expr() -> None:
     size, _ = length(8)
     assert isinstance(torch_private_sizes.size_expr(size), sympy.Symbol)
