@@ -20,9 +20,20 @@ from ltd_fx.install import (
     complete,
     find_rewrite,
     find_rewrite_maybe,
+    outlined,
     uninstall,
 )
-from ltd_fx.learn import CallSite, Layers, Proof, Sandbox, find_stacks, observe_values, split_inputs
+from ltd_fx.learn import (
+    CallSite,
+    Layers,
+    Proof,
+    Sandbox,
+    find_stacks,
+    flat_layers,
+    observe_values,
+    split_inputs,
+    traced_inputs,
+)
 from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.prove import prove
 from ltd_fx.runtime import Protect, RouteState
@@ -57,7 +68,8 @@ def transform(
 
     Args:
         model: a module (its class, methods, parameter names and ``state_dict`` keys stay as they are), or an
-            ``fx.GraphModule`` that calls the target layers (its graph is rewritten and recompiled).
+            ``fx.GraphModule`` (its graph is rewritten and recompiled) that calls the target layers, or remembers which
+            of its nodes are theirs: an exported program's, or a flat trace.
         scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
         layers: the target layers: ``None`` (all with a known pattern, or else lists of like modules), a class or
             tuple of classes, a regular expression that matches whole fully qualified names, a list of names, or a
@@ -121,7 +133,10 @@ def transform(
     if device_mesh is not None:
         state.check_ranks()
     register_inductor_decompositions()
-    attach(model, chosen, state, example_inputs)
+    flat = flat_layers(model, layers)
+    inputs = traced_inputs(model) if example_inputs is None else split_inputs(example_inputs)
+    with outlined(model, {layer.name: flat[layer.name] for layer in routed if flat}) as done:
+        attach(model, chosen, state, inputs, done)
     return model
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.module_tracker import ModuleTracker
 
 __all__ = [
+    "ASSERT_SCALAR",
     "CHECKPOINT_WRAPPED_MODULE",
     "FAKE_TENSOR_LOG",
     "FSDP_WRAPPED_MODULE",
@@ -44,6 +45,7 @@ __all__ = [
     "fake_mode_of",
     "hooks_of",
     "in_backward",
+    "input_spec_maybe",
     "is_exporting",
     "is_fake",
     "is_functorch_wrapped_tensor",
@@ -57,6 +59,7 @@ __all__ = [
     "safe_softmax",
     "schema_of",
     "set_decompositions",
+    "share_contents",
     "skip_code",
     "storage_of",
     "traced_graph_maybe",
@@ -86,6 +89,15 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 # ---- operators
+
+
+ASSERT_SCALAR = torch.ops.aten._assert_scalar.default
+"""The check of a size that a trace took for granted."""
+
+
+def input_spec_maybe(traced: fx.GraphModule) -> Any:
+    """How the placeholders of an exported program make its (args, kwargs); ``None`` of a graph that takes them flat."""
+    return getattr(traced, "_in_spec", None)
 
 
 def make_graph(function: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
@@ -246,6 +258,11 @@ def call_without_hooks(module: nn.Module, but: Callable[[Any], bool]) -> None:
         return module._call_impl(*args, **kwargs) if hooked else module.forward(*args, **kwargs)
 
     module.__dict__["_compiled_call_impl"] = call
+
+
+def share_contents(module: nn.Module, holder: nn.Module) -> None:
+    """Have the module hold what ``holder`` does: the very same parameters, buffers and modules, also from now on."""
+    module.__dict__.update({kind: holder.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")})
 
 
 REPLICATE = "_replicate_for_data_parallel"

@@ -18,7 +18,8 @@ from ltd_fx.install.hooks import (
     refuse_unlearnt,
 )
 from ltd_fx.install.in_place import Rewrite, form_of, install, test_installed
-from ltd_fx.learn import CallSite, split_inputs
+from ltd_fx.install.outlined import Outlined
+from ltd_fx.learn import CallSite
 from ltd_fx.passes import SCRIPTING, check_calls, refuse_replicas, refuse_scripting
 from ltd_fx.prove import Examination
 from ltd_fx.runtime import UNTESTED, RouteState
@@ -32,7 +33,13 @@ from ltd_fx.torch_private import (
 )
 
 
-def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, example_inputs: Any) -> None:
+def attach(
+    model: nn.Module,
+    layers: Sequence[CallSite],
+    state: RouteState,
+    inputs: Any,
+    outlined: Outlined | None = None,
+) -> None:
     """Rewrite ``model``: now, or where a forward is needed to learn from and there is none, at its first training
     forward.
 
@@ -40,24 +47,26 @@ def attach(model: nn.Module, layers: Sequence[CallSite], state: RouteState, exam
         model: the root.
         layers: all target layers, those to route marked as such.
         state: what the sites share.
-        example_inputs: for one forward to learn from, and to prove the layers by; or ``None``.
+        inputs: (args, kwargs) of one forward to learn from, and to prove the layers by; or ``None``.
+        outlined: what was done to a flat graph before.
 
     Raises:
         LTDError: a layer cannot be routed; nothing is changed.
     """
-    rewrite = Rewrite(state, layers)
+    rewrite = Rewrite(state, layers, outlined=outlined)
     unknown = next((layer for layer in rewrite.routed if layer.pattern is None), None)
     is_graph = isinstance(model, fx.GraphModule)
-    if unknown is not None and example_inputs is None and is_graph:
+    if unknown is not None and inputs is None and is_graph:
+        remedy = ", or call ltd_fx.register_pattern" if outlined is None else ""
         raise LTDError(
             f"ltd_fx: {unknown.name} is a {unknown.layer_class}, for which no LayerPattern is known; pass "
-            "example_inputs to learn it from, or call ltd_fx.register_pattern"
+            f"example_inputs to learn it from{remedy}"
         )
     state.root, state.layers = type(model).__name__, layers
     # Only a forward shows that the layers of a route follow each other.
     chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
-    if example_inputs is not None or (unknown is None and not chained):
-        install(model, rewrite, None if example_inputs is None else split_inputs(example_inputs))
+    if inputs is not None or (unknown is None and not chained):
+        install(model, rewrite, inputs)
         if rewrite.untested:
             state.untested, rewrite.first_hook = True, _test
             rewrite.pending = (add_root_hook(model, _test),)

@@ -28,9 +28,11 @@ def choose(
     Raises:
         LTDError: no layer is left to route, a layer cannot be or is routed already, a route or share does not fit.
     """
+    modules = dict(model.named_modules())
     for stack in stacks:
         for layer in stack:
-            _check_free(layer.name, model.get_submodule(layer.name))
+            if layer.name in modules:  # A layer without weights that a flat graph was traced from is not there.
+                _check_free(layer.name, modules[layer.name])
     layers = [layer for stack in stacks for layer in _choose_in_stack(stack, skip_first, skip_last, routes)]
     if not any(layer.routed for layer in layers):
         sizes = ", ".join(f"{len(stack)} in {stack[0].stack or 'the root'}" for stack in stacks)

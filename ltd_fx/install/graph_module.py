@@ -83,7 +83,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
     ours = (REWRITE, *(name for name in self.__dict__ if name.startswith(SITE)))
     plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
     plain.graph = copy.deepcopy(rewritten.original)
-    rewritten.hooks, rewritten.pending, rewritten.original = (), (), None
+    rewritten.hooks, rewritten.pending, rewritten.original, rewritten.outlined = (), (), None, None
     return _rebuild, (plain, rewritten)
 
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ltd_fx.errors import LTDError
 from ltd_fx.install.graph_module import route_graph, targets_of, unroute_graph
 from ltd_fx.install.hooks import REWRITE, watch_routes
+from ltd_fx.install.outlined import Outlined, inline_layers
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
 from ltd_fx.learn import CallSite, layer_in
@@ -40,7 +41,8 @@ class Rewrite:
     training: bool = False
     places: Places | None = None  # Where the layers are, once installed; an fx.GraphModule has none.
     forms: set[Any] = field(default_factory=set)  # The forms of arguments that the layers were examined with.
-    original: fx.Graph | None = None  # The graph that an fx.GraphModule had.
+    original: fx.Graph | None = None  # The graph that an fx.GraphModule had, with one call_module a layer.
+    outlined: Outlined | None = None  # How that came of a flat one.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
     @property
@@ -229,6 +231,8 @@ def uninstall(model: nn.Module) -> None:
     if done.original is not None:
         assert isinstance(root, fx.GraphModule)
         unroute_graph(root, done.original)
+        if done.outlined is not None:
+            inline_layers(root, done.outlined)
     else:
         for site in done.sites:
             swap_back(site.layer)

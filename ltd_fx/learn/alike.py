@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ltd_fx.learn.hooks import forward_hooks, may_change
 from ltd_fx.learn.numbers import NUMBERS
@@ -18,7 +18,7 @@ def likeness(slot: nn.Module) -> Any:
     return tuple(
         (
             name,
-            type(module),
+            module.code if isinstance(module, fx.GraphModule) else type(module),  # fx makes a class for each
             tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             tuple((n, _content(b)) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
             tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in NUMBERS and _is_plain(v)),

@@ -3,12 +3,14 @@
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from torch import nn
+from torch import fx, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.call_site import CallSite
 from ltd_fx.learn.patterns import find_pattern_maybe, is_known, is_registered
+from ltd_fx.learn.traced import skeleton
 from ltd_fx.torch_private import CHECKPOINT_WRAPPED_MODULE
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -17,10 +19,19 @@ Layers = type[nn.Module] | tuple[type[nn.Module], ...] | str | Sequence[str] | C
 def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
     """The stacks of layers that ``layers`` selects (see ``ltd_fx.transform``).
 
+    Of a flat graph, in which no layer is called, they are those that it was traced from: how they are called is the
+    graph's own way, so no pattern of their classes is theirs.
+
     Raises:
         LTDError: as :func:`find_layers`.
     """
     stacks: dict[str, list[CallSite]] = {}
+    traced = flat_layers(model, layers)
+    for name, cls in traced.items():
+        stack = name.rpartition(".")[0]
+        stacks.setdefault(stack, []).append(CallSite(name, cls.__name__, stack))
+    if traced:
+        return list(stacks.values())
     for path in find_layers(model, layers):
         name = path.removesuffix("." + CHECKPOINT_WRAPPED_MODULE)
         layer, stack = layer_in(model.get_submodule(name)), name.rpartition(".")[0]
@@ -28,6 +39,30 @@ def find_stacks(model: nn.Module, layers: Layers) -> list[list[CallSite]]:
         site = CallSite(name, type(layer).__name__, stack, pattern=pattern, vouched=vouched)
         stacks.setdefault(stack, []).append(site)
     return list(stacks.values())
+
+
+def flat_layers(model: nn.Module, layers: Layers) -> dict[str, type[nn.Module]]:
+    """The layers that ``layers`` selects of those that a flat ``fx.GraphModule`` was traced from, with their classes.
+
+    None of a graph that calls them, or of one that was traced from none.
+
+    Raises:
+        LTDError: as :func:`find_layers`.
+    """
+    if type(model).__name__ == "UnflattenedModule":  # known by name: its module takes long to import
+        raise LTDError(
+            "ltd_fx: a module from torch.export.unflatten runs its graphs by itself; transform program.module() instead"
+        )
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    tree = skeleton(model.graph)
+    with suppress(LTDError):
+        if called.issuperset(find_layers(model, layers)):
+            return {}
+    if not list(tree.children()):
+        return {}
+    return {name: type(tree.get_submodule(name)) for name in find_layers(tree, layers)}
 
 
 def layer_in(slot: nn.Module) -> nn.Module:

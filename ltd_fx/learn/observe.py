@@ -148,7 +148,7 @@ def _watch(
 
     The layers themselves are in eval mode: those that are routed already run dense.
     """
-    model.train(training)
+    nn.Module.train(model, training)  # An exported program refuses it.
     for name, layer in layers.items():
         layer.eval()
         layer.forward = watch(name, layer.forward)

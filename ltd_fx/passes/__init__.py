@@ -1,4 +1,4 @@
-"""Graph in, graph out: ``locate``, ``align``, ``route``, ``check``, ``span``, each ``(fx.Graph, *, options) -> int``.
+"""Graph in, graph out: ``outline``, ``locate``, ``align``, ``route``, ``check``, ``span``.
 
 A pass changes the graph in place and returns how many places it changed. ``rewrite`` runs all of them; ``capture``
 makes the graphs that they start from, ``routed_layer`` a class out of a layer's graph.
@@ -8,6 +8,7 @@ from ltd_fx.passes.align import align
 from ltd_fx.passes.check import check
 from ltd_fx.passes.kept import kept_arguments
 from ltd_fx.passes.locate import Target, locate
+from ltd_fx.passes.outline import outline
 from ltd_fx.passes.rewrite import check_calls, rewrite
 from ltd_fx.passes.route import route
 from ltd_fx.passes.routed_layer import (

@@ -143,8 +143,10 @@ def routed_class(
         "_ltd_arguments": arguments,
     }
     metaclass: Any = type(slot_class)
-    _classes[key] = metaclass(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
-    return _classes[key]
+    routed: type[RoutedLayer] = metaclass(f"Routed{slot_class.__name__}", (RoutedLayer, slot_class), namespace)
+    if not issubclass(layer_class, fx.GraphModule):  # Each of these has a class of its own, which ends with it.
+        _classes[key] = routed
+    return routed
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:

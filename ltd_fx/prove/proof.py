@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import Call, LayerPattern, Proof, Sandbox, forward_signature, is_stream, layer_in, stream
@@ -206,7 +206,8 @@ def _compare(
     except LTDError as error:
         raise _WrongError(str(error).removeprefix("ltd_fx: ")) from error
     except _LayerError as error:
-        raise _WrongError(f"on fewer tokens it fails: {error}") from error
+        traced = "; trace the model with a dynamic sequence dimension" if isinstance(layer, fx.GraphModule) else ""
+        raise _WrongError(f"on fewer tokens it fails: {error}{traced}") from error
     finally:
         swap_back(layer)
     if [t.shape for t in routed] != [t.shape for t in reference]:

@@ -47,7 +47,7 @@ def rehearse(model: nn.Module, sites: list[Site], inputs: Any, *, sandbox: Sandb
 def _run(model: nn.Module, sites: list[Site], inputs: Any, sandbox: Sandbox, fake: bool, *, routed: bool) -> None:
     mode = sandbox.mode if fake else None
     with sandbox.open(fake=mode), torch.no_grad():
-        model.train()
+        nn.Module.train(model)  # An exported program refuses it.
         for site in sites:
             site.layer.train(routed)
         run_forward(model, describe(*inputs) if fake else inputs, mode)

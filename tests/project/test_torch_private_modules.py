@@ -105,3 +105,28 @@ def test_fsdp_wrapped_module(tmp_path: Path) -> None:
         assert [name for name, _ in wrapped.named_children()] == [torch_private.FSDP_WRAPPED_MODULE]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_share_contents() -> None:
+    module, holder = nn.Module(), nn.BatchNorm1d(2)
+    torch_private.share_contents(module, holder)
+    holder.register_buffer("later", torch.ones(1))
+    assert list(module.state_dict()) == list(holder.state_dict())
+    assert module.weight is holder.weight
+    assert module.to(torch.float64).weight.dtype == holder.weight.dtype == torch.float64
+
+
+def test_input_spec_maybe() -> None:
+    class Added(nn.Module):
+        def forward(self, a: torch.Tensor, *, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    program = torch.export.export(Added(), (torch.ones(2),), {"b": torch.ones(2)})
+    spec = torch_private.input_spec_maybe(program.module())
+    assert torch_private.pytree.tree_unflatten([1, 2], spec) == ((1,), {"b": 2})
+    assert torch_private.input_spec_maybe(torch.fx.symbolic_trace(nn.Linear(2, 2))) is None
+
+
+def test_assert_scalar() -> None:
+    with pytest.raises(RuntimeError, match="too many"):
+        torch_private.ASSERT_SCALAR(False, "too many")

@@ -1,0 +1,232 @@
+"""Flat traced graphs: each layer's nodes become one call, are routed as the module is, and are put back."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export, unflatten
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+import ltd_fx
+from ltd_fx import LTDError, LTDScheduler
+from ltd_fx.passes import outline
+
+D, HEADS, WORDS, LENGTH = 16, 2, 32, 24
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.o = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.drop = nn.Dropout(0.0)
+        self.register_buffer("unused", torch.zeros(3))
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q * rope[:, None], k * rope[:, None], v, attn_mask=mask)
+        return x + self.drop(self.o(mixed.transpose(1, 2).reshape(batch, length, D)))
+
+
+class Net(nn.Module):
+    def __init__(self, make: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(WORDS, D), nn.Linear(D, WORDS)
+        self.layers = nn.ModuleList(make() for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, places = self.embed(ids), torch.arange(ids.shape[1])
+        rope = (places[None, :, None] * 0.1).cos().expand(1, -1, D // HEADS)
+        mask = (places[:, None] >= places)[None, None]
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        return self.head(x)
+
+
+def words(length: int) -> Tensor:
+    return torch.randint(0, WORDS, (3, length), generator=torch.Generator().manual_seed(length))
+
+
+def exported(model: nn.Module, strict: bool = False) -> Any:
+    sizes = {"ids": {0: Dim("batch", max=64), 1: Dim("length", max=4096)}}
+    return export(model, (words(LENGTH),), dynamic_shapes=sizes, strict=strict)
+
+
+def with_stack(model: nn.Module, **how: Any) -> fx.GraphModule:
+    def run(ids: Tensor) -> Any:
+        return model(ids)
+
+    run._orig_mod = model  # type: ignore[attr-defined]
+    how = {"tracing_mode": "symbolic", **how}
+    traced = make_fx(run, record_module_stack=True, pre_dispatch=True, _allow_non_fake_inputs=True, **how)
+    return traced(words(LENGTH))  # type: ignore[no-any-return]
+
+
+WAYS: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
+    "export": lambda model: exported(model).module(),
+    "strict export": lambda model: exported(model, strict=True).module(),
+    "symbolic_trace": fx.symbolic_trace,
+    "make_fx": with_stack,
+}
+
+
+def step(model: nn.Module, length: int) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    loss = model(words(length)).pow(2).mean()
+    loss.backward()
+    grads = sorted(
+        (p.grad.clone() for p in model.parameters() if p.grad is not None), key=lambda g: float(g.abs().sum())
+    )
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_trains_as_the_module_does(way: str) -> None:
+    """Over lengths, the width and the length of the trace among them, to the end of the schedule."""
+    torch.manual_seed(0)
+    model = Net().train()
+    traced, twin = WAYS[way](model), copy.deepcopy(model)
+    keys, code, cls = list(traced.state_dict()), traced.code, type(traced).__bases__
+    given = {} if way != "symbolic_trace" else {"example_inputs": (words(LENGTH),)}
+    schedules = [LTDScheduler(5, 24, 3, multiple_of=1) for _ in range(2)]
+    ltd_fx.transform(twin, schedules[0], layers=Block, example_inputs=(words(LENGTH),))
+    ltd_fx.transform(traced, schedules[1], layers=Block, **given)
+    assert [site.status for site in ltd_fx.summary(traced).sites[1:-1]] == ["proven", "proven"]
+    assert [site.layer_class for site in ltd_fx.summary(traced).sites] == ["Block"] * 4
+    for length in (24, 16, 9, 24):
+        torch.testing.assert_close(step(traced, length), step(twin, length), rtol=1e-5, atol=1e-7)
+        drawn = ltd_fx.sampled_indices(traced), ltd_fx.sampled_indices(twin)
+        torch.testing.assert_close(*drawn, rtol=0, atol=0)
+        for scheduler in schedules:
+            scheduler.step()
+    assert list(traced.state_dict()) == keys
+    assert list(ltd_fx.clean_state_dict(traced)) == keys
+    assert type(traced).__bases__ == cls
+    ltd_fx.restore(traced)
+    assert traced.code == code
+    assert list(traced.state_dict()) == keys
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_are_routed_and_restored_too(way: str) -> None:
+    model = WAYS[way](Net().train())
+    code, scheduler = model.code, LTDScheduler(5, 24, 3)
+    ltd_fx.transform(model, scheduler, layers=Block, example_inputs=(words(LENGTH),))
+    copied, results = copy.deepcopy(model), []
+    for each in (model, copied):
+        scheduler.set_step(0)  # The copy follows the same scheduler, and so the same draws.
+        results.append(step(each, LENGTH))
+    torch.testing.assert_close(*results)
+    ltd_fx.restore(copied)
+    assert copied.code == code
+    assert ltd_fx.is_transformed(model)
+    step(model, LENGTH)
+
+
+def test_it_is_saved_and_loaded() -> None:
+    """Where torch can pickle the graph."""
+    model = fx.symbolic_trace(Net().train())
+    ltd_fx.transform(model, layers=Block, example_inputs=(words(LENGTH),))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(step(loaded, LENGTH), step(model, LENGTH))
+
+
+@pytest.mark.parametrize("way", ["export", "symbolic_trace"])
+def test_a_refused_transform_changes_nothing(way: str) -> None:
+    class Mixed(Block):
+        def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x, rope, mask) + x.roll(1, 1)
+
+    model = WAYS[way](Net(Mixed).train())
+    before, modules = model.code, dict(model.named_modules())
+    with pytest.raises(LTDError, match=r"layers.1 .*cannot be routed"):
+        ltd_fx.transform(model, layers=r"layers\.\d", example_inputs=(words(LENGTH),))
+    assert model.code == before
+    assert dict(model.named_modules()) == modules
+
+
+def test_routes_are_cancelled_in_the_graph() -> None:
+    model = Net().train()
+    traced = WAYS["export"](model)
+    for each in (traced, model):
+        ltd_fx.transform(each, layers=Block, routes=[(1, 2, None)], example_inputs=(words(LENGTH),))
+    assert sum("split_hidden" in str(node.target) for node in traced.graph.nodes) == 1
+    torch.testing.assert_close(step(traced, LENGTH), step(model, LENGTH))
+
+
+class TwoResults(Block):
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Any:
+        made = super().forward(x, rope, mask)
+        return made, made.mean()
+
+
+class TakesBoth(Net):
+    def forward(self, ids: Tensor) -> Tensor:
+        x, total = self.embed(ids), torch.zeros(())
+        for layer in self.layers:
+            x, mean = layer(x, torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+            total = total + mean
+        return self.head(x) + total
+
+
+def test_what_cannot_be_a_layer_is_refused() -> None:
+    model = fx.symbolic_trace(TakesBoth(TwoResults).train())
+    with pytest.raises(LTDError, match=r"layers.1 cannot be routed in this graph: .* used outside"):
+        ltd_fx.transform(model, layers=TwoResults, example_inputs=(words(LENGTH),))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "one length": (lambda: export(Net().train(), (words(LENGTH),)).module(), "dynamic sequence dimension"),
+    "one length, make_fx": (lambda: with_stack(Net().train(), tracing_mode="real"), "dynamic sequence dimension"),
+    "eval": (lambda: WAYS["export"](Net().eval()), "traced in eval mode"),
+    "no shapes": (lambda: fx.symbolic_trace(Net().train()), "pass example_inputs"),
+    "unflattened": (lambda: unflatten(exported(Net().train())), r"transform program.module\(\)"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_trained_is_refused(what: str) -> None:
+    make, message = REFUSED[what]
+    with pytest.raises(LTDError, match=message):
+        ltd_fx.transform(make(), layers=Block)
+
+
+def test_outline_by_itself() -> None:
+    """Sizes that come from outside are computed anew, from the hidden states."""
+    graph = copy.deepcopy(WAYS["export"](Net()).graph)
+    (layer,) = outline(graph, names=["layers.2"]).values()
+    called = [node for node in graph.nodes if node.op == "call_module" and node.target == "layers.2"]
+    assert len(called) == 1
+    assert len(called[0].args) == 3
+    names = [node.target for node in layer.find_nodes(op="placeholder")]
+    assert names == ["hidden_states", "input_1", "input_2"]
+    sizes = layer.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert {(node.args[0].name, node.args[1]) for node in sizes} == {("hidden_states", 0), ("hidden_states", 1)}
+    assert {node.target for node in layer.find_nodes(op="get_attr")} == {
+        f"{name}.{kind}" for name in ("norm", "qkv", "o") for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("way", ["export", "symbolic_trace"])
+def test_a_whole_schedule_is_two_graphs(way: str) -> None:
+    model, scheduler = WAYS[way](Net().train()), LTDScheduler(4, LENGTH, 20, multiple_of=1)
+    ltd_fx.transform(model, scheduler, layers=Block, example_inputs=(words(LENGTH),))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for number in range(0, 24, 2):
+        steps = []
+        for each in (compiled, model):
+            scheduler.set_step(number)
+            steps.append(step(each, LENGTH))
+        torch.testing.assert_close(*steps)
+    assert counter.frame_count == 2
