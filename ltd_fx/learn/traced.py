@@ -16,9 +16,14 @@ def modules_of(node: fx.Node) -> list[tuple[str, Any]]:
     return [(name, cls) for name, cls in (node.meta.get(_STACK) or {}).values()]
 
 
-def lies_in(node: fx.Node, name: str) -> bool:
-    """Whether a node was traced in the module of that name."""
-    return any(inner == name or inner.startswith(name + ".") for inner, _ in modules_of(node))
+def calls_of(graph: fx.Graph, name: str) -> list[list[fx.Node]]:
+    """The nodes of each call of the module of that name, in order."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for key, (inner, _) in (node.meta.get(_STACK) or {}).items():
+            if inner == name:
+                calls.setdefault(key, []).append(node)
+    return list(calls.values())
 
 
 def skeleton(graph: fx.Graph) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ltd_fx.errors import LTDError
-from ltd_fx.learn import lies_in
+from ltd_fx.learn import calls_of
 from ltd_fx.passes.locate import VALUES
 from ltd_fx.torch_private import ASSERT_SCALAR
 
@@ -26,7 +26,7 @@ _SIZES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default}
 
 
 def outline(graph: fx.Graph, *, names: Sequence[str]) -> dict[str, fx.Graph]:
-    """Replace the nodes of each layer by a ``call_module`` of its name.
+    """Replace the nodes of each call of a layer by a ``call_module`` of its name.
 
     Args:
         graph: flat; it is changed in place.
@@ -37,19 +37,32 @@ def outline(graph: fx.Graph, *, names: Sequence[str]) -> dict[str, fx.Graph]:
         first, and attributes named as from within the layer.
 
     Raises:
-        LTDError: the nodes of a layer are not those of one call with one result; discard the graph then.
+        LTDError: a layer is never called; the nodes of a call have several results, or are not those of the others;
+            discard the graph then.
     """
-    return {name: _Layer(graph, name).outline() for name in names}
+    return {name: _outline_layer(graph, name) for name in names}
 
 
-class _Layer:
-    """The nodes of one layer, and what becomes of them."""
+def _outline_layer(graph: fx.Graph, name: str) -> fx.Graph:
+    calls = [_Call(graph, name, nodes) for nodes in calls_of(graph, name)]
+    if not calls:
+        raise LTDError(f"ltd_fx: {name} is never called; leave it out with transform(..., layers=...)")
+    first, *others = [call.outline() for call in calls]
+    code = first.python_code("self").src
+    if any(other.python_code("self").src != code for other in others):
+        raise LTDError(
+            f"ltd_fx: {name} cannot be routed in this graph: it is called {len(calls)} times, not in the same way; "
+            "leave it out with transform(..., layers=...)"
+        )
+    return first
 
-    def __init__(self, graph: fx.Graph, name: str) -> None:
+
+class _Call:
+    """The nodes of one call of a layer, and what becomes of them."""
+
+    def __init__(self, graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
         self.name, self.flat, self.own = name, graph, fx.Graph()
-        self.nodes = {node: None for node in graph.nodes if _computes(node) and lies_in(node, name)}
-        if not self.nodes:
-            raise LTDError(f"ltd_fx: {name} is never called; leave it out with transform(..., layers=...)")
+        self.nodes = {node: None for node in nodes if _computes(node)}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[fx.Node, fx.Node] = {}
 

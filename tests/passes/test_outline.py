@@ -164,6 +164,36 @@ def test_routes_are_cancelled_in_the_graph() -> None:
     torch.testing.assert_close(step(traced, LENGTH), step(model, LENGTH))
 
 
+class Again(Net):
+    """Each layer is called twice in a row, or once in each of two passes over all."""
+
+    in_a_row = True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, one = self.embed(ids), torch.ones(1, 1, 1)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        for layer in self.layers:
+            x = layer(x, one, mask)
+            x = layer(x, one, mask) if self.in_a_row else x
+        for layer in self.layers:
+            x = x if self.in_a_row else layer(x, one, mask)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("in_a_row", [True, False])
+@pytest.mark.parametrize("way", ["export", "symbolic_trace"])
+def test_layers_that_are_called_again(way: str, in_a_row: bool) -> None:
+    model = Again().train()
+    model.in_a_row = in_a_row
+    traced = WAYS[way](model)
+    for each in (traced, model):
+        ltd_fx.transform(each, layers=Block, example_inputs=(words(LENGTH),))
+    torch.testing.assert_close(step(traced, LENGTH), step(model, LENGTH))
+    drawn = ltd_fx.sampled_indices(traced)
+    assert list(drawn) == ["layers.1", "layers.1#1", "layers.2", "layers.2#1"]
+    torch.testing.assert_close(drawn, ltd_fx.sampled_indices(model), rtol=0, atol=0)
+
+
 class TwoResults(Block):
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Any:
         made = super().forward(x, rope, mask)
