@@ -112,7 +112,8 @@ def test_a_route_gathers_and_samples_once() -> None:
     assert torch.equal(six - dense, 6 * (one - dense))
 
 
-@pytest.mark.parametrize("regional", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("regional", [False, True])
 def test_compiled_with_routes(regional: bool) -> None:
     case = replace(deep("llama"), build=decoder("Llama", num_hidden_layers=7, use_cache=False))
     eager, inputs = case.model(), case.inputs()

@@ -175,7 +175,7 @@ def test_changing_batch_sizes_and_lengths_compile_no_more_than_the_plain_model(l
     assert counts[1] <= counts[0]
 
 
-@pytest.mark.parametrize("sampling", ["per_sample", "shared"])
+@pytest.mark.parametrize("sampling", ["per_sample", pytest.param("shared", marks=pytest.mark.slow)])
 def test_eval_and_full_length_are_the_untransformed_model_bit_for_bit(case: Case, sampling: str) -> None:
     plain, model = case.model(), case.model()
     ltd_fx.transform(model, ltd_fx.LTDScheduler(3, case.seq_len, 10), sampling=sampling)

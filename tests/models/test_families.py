@@ -39,7 +39,9 @@ PACKAGES = {"timm_vit": "timm", "encoder": "torch"}
 NAMES = [pytest.param(name, marks=pytest.mark.compat(PACKAGES.get(name, "transformers"))) for name in FAMILIES]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["example inputs", "first forward"])
+@pytest.mark.parametrize(
+    "given", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["example inputs", "first forward"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_two_steps_and_evaluates_as_the_plain_model(name: str, given: bool) -> None:
     case = FAMILIES[name]
