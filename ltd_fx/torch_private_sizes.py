@@ -1,13 +1,23 @@
 """The private and undocumented names of torch that are about symbolic sizes; for the others, see ``torch_private``."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from ltd_fx.torch_private import FakeTensorMode
 
-__all__ = ["decided_by", "own_symbols", "replaced", "simplified", "size_expr", "symbolic_mode", "symbolic_sizes"]
+__all__ = [
+    "decided_by",
+    "own_symbols",
+    "replaced",
+    "simplified",
+    "size_expr",
+    "symbolic_mode",
+    "symbolic_products",
+    "symbolic_sizes",
+]
 
 
 def symbolic_mode() -> FakeTensorMode:
@@ -15,6 +25,14 @@ def symbolic_mode() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+
+
+def symbolic_products() -> AbstractContextManager[Any]:
+    """Within, ``matmul`` leaves symbols what they are: before torch 2.13, its C++ makes plain numbers of them."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return enable_python_dispatcher() if version < (2, 13) else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def symbolic_sizes(mode: FakeTensorMode, shape: Sequence[int], name: str) -> torch.Size:

@@ -15,7 +15,7 @@ from ltd_fx.learn.observe import Call, TensorSpec, describe, is_stream, quiet, r
 from ltd_fx.learn.probe import Edit, Probe, by_name, stream
 from ltd_fx.learn.sandbox import Sandbox
 from ltd_fx.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, pytree
-from ltd_fx.torch_private_sizes import decided_by, own_symbols, replaced, simplified, symbolic_sizes
+from ltd_fx.torch_private_sizes import decided_by, own_symbols, replaced, simplified, symbolic_products, symbolic_sizes
 from ltd_fx.tree import map_tensors
 
 
@@ -46,7 +46,7 @@ class SymbolicCalls:
     ) -> None:
         mode, calls = sandbox.symbolic, list[Call]()
         given = _with_symbols(mode, inputs, "input")
-        with sandbox.open(fake=mode), mode, quiet(FAKE_TENSOR_LOG):
+        with sandbox.open(fake=mode), mode, symbolic_products(), quiet(FAKE_TENSOR_LOG):
             watch_calls(model, layers, calls, training=training, kinds=kinds)
             try:
                 run_model(model, *given, failing="does not run on symbolic sizes")
@@ -92,7 +92,7 @@ def boundary_probe(slot: nn.Module, call: Call, *, sandbox: Sandbox) -> Probe:
     """
     mode = sandbox.symbolic
     args, kwargs = _with_symbols(mode, describe(call.args, call.kwargs), call.name)
-    with sandbox.open(slot, fake=mode), mode, quiet(FAKE_TENSOR_LOG):
+    with sandbox.open(slot, fake=mode), mode, symbolic_products(), quiet(FAKE_TENSOR_LOG):
         slot.eval()
         made: list[Any] = []
         run_model(lambda *a, **k: made.append(slot(*a, **k)), args, kwargs, failing="does not run on symbolic sizes")

@@ -58,6 +58,15 @@ def test_replaced() -> None:
     assert torch_private_sizes.own_symbols(5) == set()
 
 
+def test_symbolic_products() -> None:
+    mode = torch_private_sizes.symbolic_mode()
+    sizes = torch_private_sizes.symbolic_sizes(mode, (2, 3, 22, 12), "sizes")
+    with mode, torch_private_sizes.symbolic_products():
+        queries = torch.empty(sizes)
+        assert (queries @ queries.mT).shape[-1] == sizes[2]
+    assert torch_private_sizes.replaced(mode) == []
+
+
 def test_size_expr() -> None:
     size, _ = length(8)
     assert isinstance(torch_private_sizes.size_expr(size), sympy.Symbol)
