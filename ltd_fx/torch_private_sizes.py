@@ -32,7 +32,7 @@ def symbolic_products() -> AbstractContextManager[Any]:
     from torch._dispatch.python import enable_python_dispatcher
 
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return enable_python_dispatcher() if version < (2, 13) else nullcontext()  # type: ignore[no-untyped-call]
+    return enable_python_dispatcher() if version < (2, 13) else nullcontext()
 
 
 def symbolic_sizes(mode: FakeTensorMode, shape: Sequence[int], name: str) -> torch.Size:

@@ -61,13 +61,12 @@ def image(patches: int) -> dict[str, Any]:
 
 
 def text_sizes() -> dict[str, Any]:
-    sizes = {0: BATCH, 1: Dim("length", min=2, max=120)}
+    sizes = {0: BATCH, 1: Dim.AUTO}
     return {"input_ids": sizes, "attention_mask": sizes}
 
 
 def image_sizes() -> dict[str, Any]:
-    side = 8 * Dim("side", min=2, max=12)
-    return {"pixel_values": {0: BATCH, 2: side, 3: side}, "interpolate_pos_encoding": None}
+    return {"pixel_values": {0: BATCH, 2: Dim.AUTO, 3: Dim.AUTO}, "interpolate_pos_encoding": None}
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
