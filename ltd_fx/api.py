@@ -134,7 +134,10 @@ def transform(
         state.check_ranks()
     register_inductor_decompositions()
     flat = flat_layers(model, layers)
-    inputs = traced_inputs(model) if example_inputs is None else split_inputs(example_inputs)
+    inputs = None if example_inputs is None else split_inputs(example_inputs)
+    if flat and inputs is None:
+        assert isinstance(model, fx.GraphModule)
+        inputs = traced_inputs(model)
     with outlined(model, {layer.name: flat[layer.name] for layer in routed if flat}) as done:
         attach(model, chosen, state, inputs, done)
     return model

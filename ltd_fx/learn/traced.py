@@ -36,17 +36,16 @@ def skeleton(graph: fx.Graph) -> nn.Module:
     return root
 
 
-def traced_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """(args, kwargs) of a forward that a flat graph of layers was traced for, as far as it noted their shapes.
+def traced_inputs(model: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """(args, kwargs) of a forward that a flat graph was traced for; ``None`` where it has not noted their shapes.
 
     Of its own sizes, with random floating-point values and ones elsewhere: what is learnt from them is of sizes.
     """
-    if not isinstance(model, fx.GraphModule) or not list(skeleton(model.graph).children()):
-        return None
     given = [node.meta.get("val", node.meta.get("example_value")) for node in model.graph.find_nodes(op="placeholder")]
     if not any(isinstance(value, Tensor) for value in given):
         return None
-    values = [_made(value) for value in given]
+    generator = torch.Generator().manual_seed(0)  # the user's own is left as it is
+    values = [_made(value, generator) for value in given]
     spec = input_spec_maybe(model)
     if spec is None:
         return tuple(values), {}
@@ -54,12 +53,13 @@ def traced_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | 
     return args, kwargs
 
 
-def _made(value: Any) -> Any:
+def _made(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor):
         return int(value) if isinstance(value, torch.SymInt) else value
-    how: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     shape = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in value.shape]
-    return torch.randn(shape, **how) if value.is_floating_point() else torch.ones(shape, **how)
+    if not value.is_floating_point():
+        return torch.ones(shape, dtype=value.dtype, device=value.device)
+    return torch.randn(shape, generator=generator, device="cpu").to(value.device, value.dtype)
 
 
 def _put(root: nn.Module, name: str, cls: type[nn.Module]) -> None:

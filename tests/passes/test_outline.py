@@ -260,3 +260,17 @@ def test_a_whole_schedule_is_two_graphs(way: str) -> None:
             steps.append(step(each, LENGTH))
         torch.testing.assert_close(*steps)
     assert counter.frame_count == 2
+
+
+def test_shapes_of_the_trace_take_no_random_number() -> None:
+    class Streams(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+            return x
+
+    x, sizes = torch.randn(3, LENGTH, D), {"x": {0: Dim("batch", max=64), 1: Dim("length", max=4096)}}
+    model = export(Streams().train(), (x,), dynamic_shapes=sizes).module()
+    before = torch.get_rng_state()
+    ltd_fx.transform(model, layers=Block)
+    assert torch.equal(torch.get_rng_state(), before)
