@@ -1,6 +1,5 @@
 """The functions a user calls on a model. They wire the other modules together, and hold no logic of their own."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,9 +13,9 @@ from ltd_fx.errors import LTDError
 from ltd_fx.install import (
     RewriteReport,
     RouteSpec,
+    Settings,
     VerifyReport,
     attach,
-    choose,
     complete,
     find_rewrite,
     find_rewrite_maybe,
@@ -36,12 +35,11 @@ from ltd_fx.learn import (
 )
 from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.prove import prove
-from ltd_fx.runtime import Protect, RouteState
+from ltd_fx.runtime import Protect
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.torch_private import ORIG_MOD
 from ltd_fx.weights import held_by
 
-_SAMPLING = ("per_sample", "shared")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -110,35 +108,17 @@ def transform(
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
     if held_by(model) == ORIG_MOD:
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
-    if sampling not in _SAMPLING:
-        raise LTDError(f"ltd_fx.transform: sampling must be one of {', '.join(_SAMPLING)}, got {sampling!r}")
-    for name, value in (("skip_first", skip_first), ("skip_last", skip_last), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and name != "seed"):
-            raise LTDError(f"ltd_fx.transform: {name} must be a non-negative integer, got {value!r}")
-    if scheduler is not None and scheduler.attached:
-        raise LTDError("ltd_fx.transform: the scheduler drives another model; give each model a scheduler of its own")
-
-    chosen = choose(model, find_stacks(model, layers), skip_first, skip_last, routes, keep)
-    routed = [layer for layer in chosen if layer.routed]
-    state = RouteState(
-        scheduler,
-        seed=seed,
-        shared=sampling == "shared",
-        routed=len(routed),
-        dense=len(chosen) - len(routed),
-        shares=Counter(layer.share for layer in routed if layer.share is not None),
-        mesh=device_mesh,
-    )
-    state.set_protect(protect, model)
-    if device_mesh is not None:
-        state.check_ranks()
+    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
+    settings.check(scheduler)
+    chosen = settings.choose(model)
+    state = settings.state(model, chosen, scheduler)
     register_inductor_decompositions()
     flat = flat_layers(model, layers)
     inputs = None if example_inputs is None else split_inputs(example_inputs)
     if flat and inputs is None:
         assert isinstance(model, fx.GraphModule)
         inputs = traced_inputs(model)
-    with outlined(model, {layer.name: flat[layer.name] for layer in routed if flat}) as done:
+    with outlined(model, {layer.name: flat[layer.name] for layer in chosen if flat and layer.routed}) as done:
         attach(model, chosen, state, inputs, done)
     return model
 

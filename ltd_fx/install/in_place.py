@@ -43,11 +43,17 @@ class Rewrite:
     forms: set[Any] = field(default_factory=set)  # The forms of arguments that the layers were examined with.
     original: fx.Graph | None = None  # The graph that an fx.GraphModule had, with one call_module a layer.
     outlined: Outlined | None = None  # How that came of a flat one.
+    absent: frozenset[str] = frozenset()  # Routed layers that this graph does not call: another one of the model does.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
     @property
     def routed(self) -> list[CallSite]:
-        return [layer for layer in self.layers if layer.routed]
+        return [layer for layer in self.layers if layer.routed and layer.name not in self.absent]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Which draw each routed layer of the model takes."""
+        return {layer.name: i for i, layer in enumerate(layer for layer in self.layers if layer.routed)}
 
     @property
     def untested(self) -> list[CallSite]:
@@ -103,7 +109,7 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         examination = Examination(model, routed, slots, inputs)
         routed = examination.accept_all(routed, shared=state.shared, protected=state.protected)
         rewrite.training = examination.training
-    sites = make_sites(routed, slots, state, in_graph=isinstance(model, fx.GraphModule))
+    sites = make_sites(routed, slots, state, rewrite.numbers, in_graph=isinstance(model, fx.GraphModule))
     targets = targets_of(routed, slots)
     if examination is not None:
         check_calls(examination.calls, targets=targets, sites={site.name: site for site in sites})
@@ -211,10 +217,14 @@ def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
 
 
 def make_sites(
-    layers: Sequence[CallSite], slots: Mapping[str, nn.Module], state: RouteState, *, in_graph: bool
+    layers: Sequence[CallSite],
+    slots: Mapping[str, nn.Module],
+    state: RouteState,
+    numbers: Mapping[str, int],
+    *,
+    in_graph: bool,
 ) -> list[Site]:
     """The sites of routed layers, in order; those on one route share a draw, hence a number."""
-    numbers = {layer.name: i for i, layer in enumerate(layers)}
     spans: dict[str, Span] = {}
     sites = []
     for layer in layers:

@@ -1,0 +1,3 @@
+"""The graphs that Dynamo captures of a model, routed as they are compiled: the model itself stays as it is."""
+
+from ltd_fx.dynamo.backend import Backend, Inner

@@ -1,0 +1,66 @@
+"""Where a graph that Dynamo captured comes from: its frame, and the modules that this frame found."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from ltd_fx.torch_private_dynamo import Frame, frame_in_progress, source_name, sources_of
+
+_WEIGHT = re.compile(r"(?P<root>.*?)(?P<path>(?:\._modules\['[^']+'\])*)\._(?:parameters|buffers)\['(?P<name>[^']+)'\]")
+
+
+class Origin(NamedTuple):
+    """The frame of a graph.
+
+    Attributes:
+        frame: what Dynamo knows of it.
+        roots: the modules that it did not find within others (``self``), by their sources; the longest first.
+        callers: the modules whose calls are under way, the innermost first.
+    """
+
+    frame: Frame
+    roots: dict[str, nn.Module]
+    callers: list[nn.Module]
+
+    def module_maybe(self, path: str) -> nn.Module | None:
+        """The module of an entry of ``nn_module_stack``."""
+        for source, root in self.roots.items():
+            if path == source or path.startswith(source + "."):
+                try:
+                    return root.get_submodule(path[len(source) + 1 :])
+                except AttributeError:
+                    return None
+        return None
+
+
+def origin_of(graph: fx.Graph) -> Origin:
+    """In a backend: where the graph that it was given comes from."""
+    frame, roots = frame_in_progress(), dict[str, Any]()
+    for node in graph.find_nodes(op="placeholder"):
+        weight = weight_of(node)
+        if weight is not None and weight["root"] not in roots:
+            with suppress(Exception):  # Some sources are no expressions of the frame's names alone.
+                roots[weight["root"]] = eval(weight["root"], {}, frame.scope)
+    modules = {source: roots[source] for source in sorted(roots, key=len, reverse=True)}
+    return Origin(frame, {s: m for s, m in modules.items() if isinstance(m, nn.Module)}, list(_callers()))
+
+
+def weight_of(placeholder: fx.Node) -> re.Match[str] | None:
+    """The ``root``, ``path`` and ``name`` of an input of Dynamo's graph that is a parameter or a buffer."""
+    source = next(sources_of(placeholder), None)
+    return None if source is None else _WEIGHT.fullmatch(source_name(source))
+
+
+def _callers() -> Iterator[nn.Module]:
+    seen: set[int] = set()
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nn.Module) and id(caller) not in seen:
+            seen.add(id(caller))
+            yield caller

@@ -1,0 +1,98 @@
+"""The model whose graphs a backend is given: its layers, what their sites share, and its forwards, one graph or more."""
+
+import weakref
+from collections.abc import Hashable
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from ltd_fx.dynamo.origin import Origin
+from ltd_fx.errors import LTDError
+from ltd_fx.install import Settings
+from ltd_fx.learn import find_layers
+from ltd_fx.runtime import Site
+from ltd_fx.schedule import LTDScheduler
+
+
+class Program:
+    """One model, as far as its graphs have been seen.
+
+    Args:
+        model: the root, which stays as it is.
+        settings: of the user.
+        scheduler: of the user; it drives this model from here on.
+
+    Raises:
+        LTDError: nothing to route, or ``settings`` that do not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, scheduler: LTDScheduler | None) -> None:
+        self._model = weakref.ref(model)
+        self.protect = settings.protect if isinstance(settings.protect, str) else None
+        self.layers = settings.choose(model)
+        self.state = settings.state(model, self.layers, scheduler)
+        self.state.root, self.state.layers = type(model).__name__, self.layers
+        if scheduler is not None:
+            scheduler._attach(self.state)
+        self.routed = [layer.name for layer in self.layers if layer.routed]
+        self.sites: dict[str, Site] = {}  # Those of the latest forward, by layer.
+        self._ran: set[Hashable] = set()  # What has run in the forward under way.
+        self._seen = False  # Whether a forward is over.
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def names(self) -> dict[nn.Module, str]:
+        """The model's modules, with their names."""
+        return {module: name for name, module in self.model.named_modules()}
+
+    def begin(self, part: Hashable, mask: Any) -> None:
+        """A graph of the model runs in training: a forward begins where that graph, ``part``, has run in the latest.
+
+        Raises:
+            LTDError: routed layers were in no graph of the forward before.
+        """
+        if part in self._ran or not self._ran:
+            if self._ran:
+                self._check_seen()
+            self._ran.clear()
+            given = {} if self.protect is None else {self.protect: mask}
+            self.state.begin_forward(self.model, (), given)
+            for site in self.sites.values():
+                site.begin_forward()
+                if site.span is not None:
+                    site.span.close()
+        self._ran.add(part)
+        self.state.under_way = True
+
+    def _check_seen(self) -> None:
+        missing = [name for name in self.routed if name not in self.sites]
+        if missing and not self._seen:
+            raise LTDError(
+                f"ltd_fx.backend: {missing[0]} was in no graph of the model's first forward, so it saw all tokens: it "
+                "was skipped, or runs outside of torch.compile; leave it out with layers=..., or use ltd_fx.transform"
+            )
+        self._seen = True
+
+
+def find_model(origin: Origin, settings: Settings) -> nn.Module | None:
+    """The model that a graph is of: the smallest module in which layers are found, of those that its frame found or that are being called.
+
+    Unless a larger one takes it for a layer. ``None``: there are no layers to be found.
+    """
+    modules = dict.fromkeys((*origin.roots.values(), *origin.callers))
+    found = [(module, selected) for module in modules if (selected := _selected(module, settings))]
+    for module, _ in found:
+        if not any(module in set(outer.get_submodule(name).modules()) for outer, names in found for name in names):
+            return module
+    return None
+
+
+def _selected(module: nn.Module, settings: Settings) -> list[str]:
+    with suppress(LTDError):
+        return find_layers(module, settings.layers)
+    return []
