@@ -1,7 +1,17 @@
 """Train transformers on fewer tokens per layer, inside ``torch.compile``."""
 
 import ltd_fx.cuda  # noqa: F401 (registers the kernels)
-from ltd_fx.api import check_ranks, compile_layers, is_transformed, restore, sampled_indices, summary, transform, verify
+from ltd_fx.api import (
+    backend,
+    check_ranks,
+    compile_layers,
+    is_transformed,
+    restore,
+    sampled_indices,
+    summary,
+    transform,
+    verify,
+)
 from ltd_fx.errors import LTDError
 from ltd_fx.install import RewriteReport, VerifyReport
 from ltd_fx.learn import CallSite, LayerPattern, Proof, register_pattern
@@ -22,6 +32,7 @@ __all__ = [
     "RewriteReport",
     "VerifyReport",
     "__version__",
+    "backend",
     "check_ranks",
     "clean_state_dict",
     "compile_layers",

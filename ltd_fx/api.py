@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx import runtime
+from ltd_fx.dynamo import Backend, Inner
 from ltd_fx.errors import LTDError
 from ltd_fx.install import (
     RewriteReport,
@@ -123,6 +124,42 @@ def transform(
     return model
 
 
+def backend(
+    scheduler: LTDScheduler | None = None,
+    *,
+    inner: Inner = "inductor",
+    layers: Layers = None,
+    skip_first: int = 1,
+    skip_last: int = 1,
+    seed: int = 0,
+    sampling: str = "per_sample",
+    protect: Protect = None,
+    routes: Sequence[RouteSpec] | None = None,
+    keep: Mapping[str, float] | None = None,
+    device_mesh: DeviceMesh | None = None,
+) -> Backend:
+    """For ``torch.compile(model, backend=ltd_fx.backend(scheduler))``: the model is routed as it is compiled.
+
+    The model is not touched: no class, no attribute, no hook. Each graph that Dynamo captures of it in training is
+    proven, rewritten, and handed to ``inner``; a whole schedule has two graphs, one routed and one dense, and both are
+    of any batch size and length. The same seed draws as :func:`transform` does. In eval mode ``inner`` is given the
+    graph as it is. :func:`summary` and :func:`sampled_indices` take the backend in place of the model.
+
+    Args:
+        scheduler: as the other arguments, see :func:`transform`.
+        inner: what compiles the rewritten graph: the name of a backend, or a callable.
+
+    Returns:
+        A backend for one model: for the module that holds the layers, whether that is compiled, what calls it, or its
+        layers one by one.
+
+    Raises:
+        LTDError: an argument out of range, at once; a layer that cannot be routed, at the first training forward.
+    """
+    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
+    return Backend(scheduler, inner, settings)
+
+
 def compile_layers(model: Model, **options: Any) -> Model:
     """Compile the model's layers one by one, in place, instead of the whole model: layers that are alike share a graph.
 
@@ -186,12 +223,17 @@ def is_transformed(model: nn.Module) -> bool:
     return find_rewrite_maybe(model) is not None
 
 
-def summary(model: nn.Module) -> RewriteReport:
+def summary(model: nn.Module | Backend) -> RewriteReport:
     """What was rewritten, layer by layer; ``str()`` is a table, ``.sites[i].graph`` the graph that layer ``i`` runs.
+
+    Args:
+        model: transformed; or the :func:`backend` that it is compiled with, which has seen a forward of it.
 
     Raises:
         LTDError: the model is not transformed, or a routed layer was replaced since.
     """
+    if isinstance(model, Backend):
+        return model.report()
     root, rewrite = find_rewrite(model)
     if rewrite.places is not None:
         rewrite.places.check(root)
@@ -243,10 +285,13 @@ def _with_token_flow(layer: CallSite, tested: Proof) -> Proof:
     return replace(tested, status="proven") if tested.right and before == "proven" else tested
 
 
-def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
+def sampled_indices(model: nn.Module | Backend) -> dict[str, Tensor]:
     """The rows that each routed layer kept in the most recent training forward, by layer name.
 
     Drawn again on demand: it costs the forward nothing, and runs none.
+
+    Args:
+        model: transformed; or the :func:`backend` that it is compiled with.
 
     Returns:
         ``[B, k]`` int64 each, ascending and unique in each row; all rows where the forward was dense. A layer that the
@@ -255,4 +300,6 @@ def sampled_indices(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         LTDError: the model is not transformed, or has not seen a training forward.
     """
+    if isinstance(model, Backend):
+        return model.sampled_indices()
     return runtime.sampled_indices(find_rewrite(model)[1].sites)

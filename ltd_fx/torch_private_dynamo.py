@@ -67,7 +67,9 @@ def guard_training(module: Any) -> None:
 def trace_again(reason: str) -> None:
     """In a backend: have Dynamo trace the frame once more, for inputs that were marked since."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
+    InstructionTranslator.current_tx().speculation_log.clear()  # It would hold the next trace to the steps of this one.
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 

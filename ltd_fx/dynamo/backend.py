@@ -1,7 +1,6 @@
 """``torch.compile(model, backend=ltd_fx.backend(...))``: the graphs that Dynamo captures are routed, not the model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,25 +10,20 @@ from torch import Tensor, fx, nn
 from ltd_fx.dynamo.captured import Captured
 from ltd_fx.dynamo.origin import Origin, origin_of
 from ltd_fx.dynamo.program import Program, find_model
+from ltd_fx.dynamo.routed import Dense, RoutedGraph, RoutedLayers
 from ltd_fx.errors import LTDError
-from ltd_fx.install import Rewrite, Settings, install, outlined
+from ltd_fx.install import RewriteReport, Settings
 from ltd_fx.learn import calls_of
-from ltd_fx.ops import register_inductor_decompositions
+from ltd_fx.runtime import sampled_indices
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.torch_private_dynamo import (
-    backend_named,
-    compile_number,
-    guard_training,
-    source_name,
-    sources_of,
-    trace_again,
-)
+from ltd_fx.torch_private_dynamo import backend_named, compile_number, guard_training, trace_again
 
 Inner = str | Callable[..., Any]
+Compiled = Callable[..., Any]
 
 
 class Backend:
-    """See :func:`ltd_fx.backend`."""
+    """What :func:`ltd_fx.backend` returns: a backend of one model, for ``torch.compile``."""
 
     def __init__(self, scheduler: LTDScheduler | None, inner: Inner, settings: Settings) -> None:
         settings.check(scheduler)
@@ -37,81 +31,84 @@ class Backend:
         self._program: Program | None = None
         self._traced: Any = None  # The compilation that was asked to trace its frame again.
 
-    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
         """What Dynamo runs in place of ``graph``."""
         try:
-            return self._routed_maybe(graph, inputs, options) or backend_named(self._inner)(graph, inputs, **options)
+            origin = origin_of(graph.graph)
+            program = self._find_program(origin)
+            routed = None if program is None else self._routed_maybe(program, graph, inputs, origin, options)
         except LTDError as error:
             return partial(_fail, error)  # Dynamo would wrap it in an error of its own.
+        if routed is not None:
+            return routed
+        dense = backend_named(self._inner)(graph, inputs, **options)
+        return Dense(program, dense) if program is not None and program.model.training else dense
 
-    def _routed_maybe(
-        self, graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
-    ) -> Callable[..., Any] | None:
-        origin = origin_of(graph.graph)
-        program = self._find_program(origin)
-        if program is None:
-            return None
-        captured = Captured(graph, inputs, origin, program.names())
-        routed = [name for name in program.routed if calls_of(captured.module.graph, name)]
-        _guard(graph, origin, [program.model, *map(program.model.get_submodule, routed)])
-        if not any(program.model.get_submodule(name).training for name in routed):
-            return None
-        traced = compile_number() == self._traced
-        if not traced and not all(_is_dynamic(captured.module.graph, name) for name in routed):
-            self._traced = compile_number()
-            for place in captured.given:
-                if isinstance(inputs[place], Tensor) and not isinstance(inputs[place], nn.Parameter):
-                    for dim in range(inputs[place].ndim):
-                        torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
-            trace_again("ltd_fx: the length of the sequences must be a symbol")
-        compiler = partial(torch.compile, backend=self._inner, fullgraph=True, dynamic=True, **options)
-        return _Routed(program, captured, routed, compiler)
+    @property
+    def program(self) -> Program:
+        """The model as far as it was seen.
 
-    def _find_program(self, origin: Origin) -> Program | None:
+        Raises:
+            LTDError: no forward was.
+        """
         if self._program is None:
-            model = find_model(origin, self._settings)
-            if model is None:
-                return None
-            self._program = Program(model, self._settings, self._scheduler)
+            raise LTDError("ltd_fx.backend: no forward of the compiled model was seen; run one")
         return self._program
 
+    def report(self) -> RewriteReport:
+        """See :func:`ltd_fx.summary`."""
+        return RewriteReport(list(self.program.layers.values()))
 
-class _Routed:
-    """A graph of a program, which is rewritten when it first runs: with the numbers that it is given then."""
+    def sampled_indices(self) -> dict[str, Tensor]:
+        """See :func:`ltd_fx.sampled_indices`."""
+        sites = self.program.sites
+        return sampled_indices([sites[name] for name in self.program.numbers if name in sites])
 
-    def __init__(self, program: Program, captured: Captured, routed: list[str], compiler: Callable[..., Any]) -> None:
-        self._program, self._captured, self._names, self._compiler = program, captured, routed, compiler
-        self._compiled: Callable[..., Any] | None = None
-        self._rewrite: Rewrite
+    def _find_program(self, origin: Origin) -> Program | None:
+        model = find_model(origin, self._settings)
+        if self._program is None and model is not None:
+            self._program = Program(model, self._settings, self._scheduler)
+        if self._program is None or model is None or self._program.has(model):
+            return self._program
+        raise LTDError(
+            f"ltd_fx.backend: it routes a {type(self._program.model).__name__} already, and is given a graph of a "
+            f"{type(model).__name__}; give each model a backend of its own"
+        )
 
-    def __call__(self, *inputs: Any) -> Any:
-        captured, program = self._captured, self._program
-        given = [inputs[place] for place in captured.given]
-        with captured.weights_of(inputs):
-            if self._compiled is None:
-                self._compiled = self._route(given)
-            place = captured.arguments.get(program.protect or "")
-            program.begin(self, None if place is None else inputs[place])
-            program.sites.update({site.name: site for site in self._rewrite.sites})
-            try:
-                return self._compiled(*given)
-            finally:
-                program.state.end_forward()
+    def _routed_maybe(
+        self, program: Program, graph: fx.GraphModule, inputs: Sequence[Any], origin: Origin, options: dict[str, Any]
+    ) -> Compiled | None:
+        names = program.names()
+        captured = Captured(graph, inputs, origin, names)
+        own = next((names[root] for root in origin.roots.values() if names.get(root) in program.layers), None)
+        called = [name for name in program.layers if calls_of(captured.module.graph, name)]
+        modules = [program.model.get_submodule(name) for name in called]
+        for source in origin.sources_of([program.model, *modules]):
+            guard_training(source)
+        if not any(module.training for module in modules):
+            return None
+        _refuse_breaks(program, origin, names, own)
+        if own is None:
+            called = [name for name in called if name in program.numbers]
+            if not called:
+                return None
+        self._see_lengths(captured, inputs, called)
+        compiler = partial(torch.compile, backend=self._inner, fullgraph=True, dynamic=True, **options)
+        if own is None:
+            return RoutedGraph(program, captured, called, compiler)
+        return RoutedLayers(program, captured, own, compiler)
 
-    def _route(self, given: list[Any]) -> Callable[..., Any]:
-        program, module = self._program, self._captured.module
-        register_inductor_decompositions()
-        module.train()
-        layers = [replace(layer, pattern=None, vouched=False) for layer in program.layers]
-        classes = {name: type(program.model.get_submodule(name)) for name in self._names}
-        with outlined(module, classes) as done:
-            absent = frozenset(program.routed) - frozenset(self._names)
-            self._rewrite = Rewrite(program.state, layers, outlined=done, absent=absent)
-            for name in self._names:
-                module.get_submodule(name).training = program.model.get_submodule(name).training
-            install(module, self._rewrite, (tuple(given), {}))
-        compiled: Callable[..., Any] = self._compiler(module)
-        return compiled
+    def _see_lengths(self, captured: Captured, inputs: Sequence[Any], called: Sequence[str]) -> None:
+        """Have the graph be of any length: traced once more, where it was captured for one only."""
+        number = compile_number()
+        if number == self._traced or all(_is_dynamic(captured.module.graph, name) for name in called):
+            return
+        self._traced = number
+        for place in captured.given:
+            if isinstance(inputs[place], Tensor) and not isinstance(inputs[place], nn.Parameter):
+                for dim in range(inputs[place].ndim):
+                    torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
+        trace_again("ltd_fx: the length of the sequences must be a symbol")
 
 
 def _fail(error: LTDError, *inputs: Any) -> None:
@@ -123,19 +120,21 @@ def _is_dynamic(graph: fx.Graph, name: str) -> bool:
     for node in reversed(calls_of(graph, name)[0]):
         value = node.meta.get("example_value")
         if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
-            first, second = value.shape[:2]
-            symbols = [size.node.expr for size in (first, second) if isinstance(size, torch.SymInt)]
-            return len(set(symbols)) == 2 or (len(symbols) == 1 and 1 in (first, second))
+            sizes: list[Any] = list(value.shape[:2])
+            symbols = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
+            return len(symbols) == 2 or (len(symbols) == 1 and 1 in sizes)
     return True
 
 
-def _guard(graph: fx.GraphModule, origin: Origin, modules: Sequence[nn.Module]) -> None:
-    """Have Dynamo compile the frame again where one of the modules changes between training and eval mode."""
-    sources = {}
-    for node in graph.graph.find_nodes(op="placeholder"):
-        for source in sources_of(node):
-            sources.setdefault(source_name(source), source)
-    for name, source in sources.items():
-        module = origin.module_maybe(name.replace("._modules['", ".").replace("']", "")) if "_modules" in name else origin.roots.get(name)
-        if module in modules:
-            guard_training(source)
+def _refuse_breaks(program: Program, origin: Origin, names: dict[nn.Module, str], own: str | None) -> None:
+    """Raise :class:`LTDError` where the frame is of a part of a layer."""
+    inner = [
+        name for root in origin.roots.values() for name in program.layers if names.get(root, "").startswith(name + ".")
+    ]
+    broken = own is not None and (origin.frame.resumed or origin.frame.broken)
+    if inner or broken:
+        at = f" at {origin.frame.broken}" if origin.frame.broken else ""
+        raise LTDError(
+            f"ltd_fx.backend: {own or inner[0]} cannot be routed: torch.compile breaks the graph within it{at}; mend "
+            "that (fullgraph=True says why), leave the layer out with layers=..., or use ltd_fx.transform"
+        )

@@ -32,7 +32,6 @@ class Captured:
         module: the flat graph: it takes what is no weight, and remembers the modules by the model's names.
         given: the places among Dynamo's inputs of those that it takes.
         weights: the places of its attributes, by name.
-        arguments: the places of those that are an argument or an item of that name.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Captured:
     ) -> None:
         self.given: list[int] = []
         self.weights: dict[str, int] = {}
-        self.arguments: dict[str, int] = {}
+        self._arguments: dict[str, int] = {}
         self._flat, self._copies = fx.Graph(), dict[fx.Node, fx.Node]()
         self._take(graph.graph.find_nodes(op="placeholder"), origin, names)
         entries = _Entries(origin, names)
@@ -81,7 +80,7 @@ class Captured:
         self.given.append(place)
         item = _ITEM.fullmatch(next(map(source_name, sources_of(node)), ""))
         if item is not None:
-            self.arguments[item[1]] = place
+            self._arguments[item[1]] = place
         return self._copies[node]
 
     def _size_maybe(self, size: torch.SymInt) -> fx.Node | None:
@@ -92,6 +91,11 @@ class Captured:
                 if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
                     return self._flat.call_function(torch.ops.aten.sym_size.int, (copied, dim))
         return None
+
+    def argument(self, name: str | None, inputs: Sequence[Any]) -> Any:
+        """That of ``inputs`` which is the frame's argument ``name``; ``None`` where there is none."""
+        place = self._arguments.get(name or "")
+        return None if place is None else inputs[place]
 
     @contextmanager
     def weights_of(self, inputs: Sequence[Any]) -> Iterator[None]:
@@ -114,9 +118,7 @@ class _Entries:
 
     def __init__(self, origin: Origin, names: Mapping[nn.Module, str]) -> None:
         self._origin, self._names = origin, names
-        self._outer = {
-            source: (names[root], type(root)) for source, root in origin.roots.items() if names.get(root)
-        }
+        self._outer = {source: (names[root], type(root)) for source, root in origin.roots.items() if names.get(root)}
 
     def of(self, node: fx.Node) -> dict[str, tuple[str, Any]]:
         entries = dict(self._outer)

@@ -1,4 +1,4 @@
-"""The model whose graphs a backend is given: its layers, what their sites share, and its forwards, one graph or more."""
+"""The model whose graphs a backend is given: its layers, what their sites share, and the forwards, of many graphs."""
 
 import weakref
 from collections.abc import Hashable
@@ -30,12 +30,13 @@ class Program:
     def __init__(self, model: nn.Module, settings: Settings, scheduler: LTDScheduler | None) -> None:
         self._model = weakref.ref(model)
         self.protect = settings.protect if isinstance(settings.protect, str) else None
-        self.layers = settings.choose(model)
-        self.state = settings.state(model, self.layers, scheduler)
-        self.state.root, self.state.layers = type(model).__name__, self.layers
+        layers = settings.choose(model)
+        self.state = settings.state(model, layers, scheduler)
+        self.state.root, self.state.layers = type(model).__name__, layers
         if scheduler is not None:
             scheduler._attach(self.state)
-        self.routed = [layer.name for layer in self.layers if layer.routed]
+        self.layers = {layer.name: layer for layer in layers}
+        self.numbers = {layer.name: i for i, layer in enumerate(layer for layer in layers if layer.routed)}
         self.sites: dict[str, Site] = {}  # Those of the latest forward, by layer.
         self._ran: set[Hashable] = set()  # What has run in the forward under way.
         self._seen = False  # Whether a forward is over.
@@ -49,6 +50,17 @@ class Program:
     def names(self) -> dict[nn.Module, str]:
         """The model's modules, with their names."""
         return {module: name for name, module in self.model.named_modules()}
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the model, or of it."""
+        return any(module is other for other in self.model.modules())
+
+    def weight_maybe(self, layer: str, name: str) -> Any:
+        """The layer's parameter or buffer of that name, as it is now."""
+        holder, _, last = f"{layer}.{name}".rpartition(".")
+        with suppress(AttributeError):
+            return getattr(self.model.get_submodule(holder), last)
+        return None
 
     def begin(self, part: Hashable, mask: Any) -> None:
         """A graph of the model runs in training: a forward begins where that graph, ``part``, has run in the latest.
@@ -70,7 +82,7 @@ class Program:
         self.state.under_way = True
 
     def _check_seen(self) -> None:
-        missing = [name for name in self.routed if name not in self.sites]
+        missing = [name for name in self.numbers if name not in self.sites]
         if missing and not self._seen:
             raise LTDError(
                 f"ltd_fx.backend: {missing[0]} was in no graph of the model's first forward, so it saw all tokens: it "
@@ -80,9 +92,8 @@ class Program:
 
 
 def find_model(origin: Origin, settings: Settings) -> nn.Module | None:
-    """The model that a graph is of: the smallest module in which layers are found, of those that its frame found or that are being called.
-
-    Unless a larger one takes it for a layer. ``None``: there are no layers to be found.
+    """The model that a graph is of: of the modules that its frame found or that are being called, the smallest that
+    has layers, unless a larger one takes it for a layer itself. ``None``: none has.
     """
     modules = dict.fromkeys((*origin.roots.values(), *origin.callers))
     found = [(module, selected) for module in modules if (selected := _selected(module, settings))]

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ltd_fx.learn import Call, LayerPattern, Sandbox, forward_signature, quiet
 from ltd_fx.passes import kept_arguments
+from ltd_fx.prove.nodes import line_of
 from ltd_fx.prove.values import Axis, Kind, Value, axis_of
 from ltd_fx.runtime import Draw, RouteState, Site
 from ltd_fx.torch_private import FAKE_TENSOR_LOG, make_graph, pytree
@@ -94,12 +95,23 @@ def trace(
     with sandbox.open(layer), mode, quiet(FAKE_TENSOR_LOG):
         layer.train()
         graph = make_graph(run, made).graph
+    if isinstance(layer, fx.GraphModule):
+        _set_lines(graph, layer.graph)
     names = _leaf_names(kept)
     for node, name in zip(graph.find_nodes(op="placeholder"), [*(names[i] for i in places), *state], strict=True):
         node.meta["name"] = name
     axes = next(value.axes for value in values if value.hidden)
     conditions, fixed = decided_by(mode, length)
     return Trace(graph, length, values, axes, fixed, *_conditions(conditions[before:], length, protected))
+
+
+def _set_lines(graph: fx.Graph, traced: fx.Graph) -> None:
+    """Give nodes of a layer that is itself a graph, ``traced``, the user's lines that it was traced from."""
+    lines = {node.name: node.stack_trace for node in traced.nodes}
+    for node in graph.nodes:
+        line = line_of(node)
+        if line is not None and line[0].startswith("<eval_with_key>"):  # what fx calls the code that it generates
+            node.stack_trace = lines.get(line[2].partition(" ")[0]) or node.stack_trace
 
 
 def _leaf_names(arguments: dict[str, Any]) -> list[str]:

@@ -1,0 +1,162 @@
+"""What runs in place of a graph that Dynamo captured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ltd_fx.dynamo.captured import Captured
+from ltd_fx.dynamo.program import Program
+from ltd_fx.errors import LTDError
+from ltd_fx.install import Rewrite, install, outlined
+from ltd_fx.learn import CallSite
+from ltd_fx.ops import register_inductor_decompositions
+from ltd_fx.passes import SITE
+from ltd_fx.runtime import Site
+
+Compiler = Callable[[nn.Module], Callable[..., Any]]
+
+
+class Dense:
+    """A graph without routed layers, which may be the first of a forward."""
+
+    def __init__(self, program: Program, compiled: Callable[..., Any]) -> None:
+        self._program, self._compiled = program, compiled
+
+    def __call__(self, *inputs: Any) -> Any:
+        self._program.begin(self, None)
+        try:
+            return self._compiled(*inputs)
+        finally:
+            self._program.state.end_forward()
+
+
+class _Routed:
+    """A graph of a program, rewritten when it runs first: it is proven with the numbers that it is given then."""
+
+    def __init__(self, program: Program, captured: Captured, compiler: Compiler) -> None:
+        self._program, self._captured, self._compiler = program, captured, compiler
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        program, captured = self._program, self._captured
+        given = [inputs[place] for place in captured.given]
+        with captured.weights_of(inputs):
+            if self._compiled is None:
+                register_inductor_decompositions()
+                self._rewrite(given)
+                self._compiled = self._compiler(captured.module)
+            part = self._part(inputs)
+            program.begin(part, captured.argument(program.protect, inputs))
+            self._enter(part)
+            try:
+                return self._compiled(*given)
+            finally:
+                program.state.end_forward()
+
+    def _rewrite(self, given: list[Any]) -> None: ...
+    def _part(self, inputs: Sequence[Any]) -> Any: ...
+    def _enter(self, part: Any) -> None: ...
+
+
+class RoutedGraph(_Routed):
+    """A graph that calls layers.
+
+    Args:
+        program: the model.
+        captured: its graph.
+        called: the routed layers in it.
+        compiler: of the rewritten graph.
+    """
+
+    def __init__(self, program: Program, captured: Captured, called: Sequence[str], compiler: Compiler) -> None:
+        super().__init__(program, captured, compiler)
+        self._called = called
+        self._sites: Mapping[str, Site] = {}
+
+    def _rewrite(self, given: list[Any]) -> None:
+        absent = frozenset(self._program.numbers) - frozenset(self._called)
+        layers = [replace(layer, pattern=None, vouched=False) for layer in self._program.layers.values()]
+        rewrite = _rewritten(self._program, self._captured, layers, absent, given)
+        self._sites = {site.name: site for site in rewrite.sites}
+        self._program.layers.update({layer.name: layer for layer in rewrite.routed})
+
+    def _part(self, inputs: Sequence[Any]) -> Any:
+        return self
+
+    def _enter(self, part: Any) -> None:
+        self._program.sites.update(self._sites)
+
+
+class RoutedLayers(_Routed):
+    """The graph of one layer, which others that are alike share (``layer.compile()``, FSDP2 by layers).
+
+    Args:
+        program: the model.
+        captured: the layer's graph.
+        name: of the layer that it was captured of.
+        compiler: of the rewritten graph.
+    """
+
+    def __init__(self, program: Program, captured: Captured, name: str, compiler: Compiler) -> None:
+        super().__init__(program, captured, compiler)
+        self._name = name
+        if any(layer.route for layer in program.layers.values()):
+            raise LTDError(
+                "ltd_fx.backend: the layers of a route must be in one graph, and torch.compile has one for each layer; "
+                "use ltd_fx.transform"
+            )
+        first = next((weight for weight in captured.weights if weight.startswith(name + ".")), None)
+        if first is None:
+            raise LTDError(
+                f"ltd_fx.backend: {name} has no weights, so nothing tells it from others; use ltd_fx.transform"
+            )
+        self._place, self._weight = captured.weights[first], first.removeprefix(name + ".")
+        self._sites: dict[str, Site] = {}
+
+    def _rewrite(self, given: list[Any]) -> None:
+        program = self._program
+        own = replace(program.layers[self._name], routed=True, reason="", share=None, pattern=None, vouched=False)
+        rewrite = _rewritten(program, self._captured, [own], frozenset(), given)
+        (found,) = rewrite.routed
+        layer = self._captured.module.get_submodule(self._name)
+        for name, known in program.layers.items():
+            if known.routed:
+                length = program.state.lengths[known.share]
+                self._sites[name] = Site(name, program.numbers[name], layer, program.state, length, in_graph=True)
+                if type(program.model.get_submodule(name)) is type(program.model.get_submodule(self._name)):
+                    proof = found.proof and replace(found.proof, name=name)
+                    program.layers[name] = replace(known, pattern=found.pattern, vouched=False, proof=proof)
+
+    def _part(self, inputs: Sequence[Any]) -> Any:
+        weight = inputs[self._place]
+        for name in self._program.layers:
+            if self._program.weight_maybe(name, self._weight) is weight:
+                return name
+        raise LTDError(f"ltd_fx.backend: {self._name} runs with weights that are no layer's of the model")
+
+    def _enter(self, part: Any) -> None:
+        layer, site = self._captured.module.get_submodule(self._name), self._sites.get(part)
+        layer.training = site is not None  # Others are dense.
+        if site is not None:
+            setattr(self._captured.module, f"{SITE}_0", site)
+            self._program.sites[part] = site
+
+
+def _rewritten(
+    program: Program, captured: Captured, layers: Sequence[CallSite], absent: frozenset[str], given: list[Any]
+) -> Rewrite:
+    """Rewrite the captured graph for those of ``layers`` that are routed, and not ``absent``.
+
+    Raises:
+        LTDError: one cannot be routed.
+    """
+    module, rewrite = captured.module, Rewrite(program.state, layers, absent=absent)
+    module.train()
+    originals = {layer.name: program.model.get_submodule(layer.name) for layer in rewrite.routed}
+    with outlined(module, {name: type(original) for name, original in originals.items()}):
+        for name, original in originals.items():
+            module.get_submodule(name).training = original.training
+        install(module, rewrite, (tuple(given), {}))
+    return rewrite
