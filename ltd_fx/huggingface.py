@@ -27,12 +27,17 @@ class LTDCallback(TrainerCallback, ExportableState):
 
     Evaluation is dense, and what the trainer saves has the untransformed model's keys.
 
+    Args:
+        scheduler: of a model that is compiled with :func:`ltd_fx.backend`, and not transformed:
+            ``model.compile(backend=ltd_fx.backend(scheduler))`` before the trainer is given it.
+
     Raises:
         LTDError: when training begins: the model is not transformed or has no scheduler, or the checkpoint is of
             another schedule or seed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: LTDScheduler | None = None) -> None:
+        self._given = scheduler
         self._scheduler: LTDScheduler | None = None
         # while training: the trainer's batch size, and the scheduler's state at the start
         self._begun: tuple[int, dict[str, Any]] | None = None
@@ -40,7 +45,7 @@ class LTDCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _, scheduler = find_scheduler(kwargs["model"])
+        scheduler = self._given or find_scheduler(kwargs["model"])[1]
         per_process = (args.auto_find_batch_size and state.train_batch_size) or args.train_batch_size
         batch = per_process * args.gradient_accumulation_steps * args.world_size
         if scheduler.global_batch_size not in (None, batch):

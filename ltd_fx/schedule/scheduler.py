@@ -4,6 +4,7 @@ A layer token is one token passing through one layer (random-LTD, arXiv 2211.115
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,6 +89,8 @@ class LTDScheduler:
             raise LTDError(f"LTDScheduler: relative must be True or False, got {relative!r}")
         self.relative = relative
         self._state: Driven | None = None
+        self._awaited = False  # Whether a backend will attach it, at the first training forward.
+        self._draws: Mapping[str, int] | None = None  # What was loaded before that.
         # For each share, the length now, and the sum of the lengths of the steps so far.
         self._lengths: dict[float | None, ReservedLength] = {None: ReservedLength()}
         self._sums: dict[float | None, int] = {None: 0}
@@ -144,6 +147,13 @@ class LTDScheduler:
 
     def step(self) -> None:
         """Go on by one training step; call it after ``optimizer.step()``."""
+        if self._awaited:
+            self._awaited = False
+            warnings.warn(
+                "ltd_fx.backend: no training forward was compiled before scheduler.step(), so all tokens went through "
+                "all layers: compile the module that calls them, with fullgraph=True to see what torch.compile skips",
+                stacklevel=2,
+            )
         for share in self._sums:
             self._sums[share] += self.length_at(self._step, share)
         self._step += 1
@@ -209,12 +219,19 @@ class LTDScheduler:
 
     @property
     def attached(self) -> bool:
-        """Whether the scheduler drives a transformed model."""
-        return self._state is not None
+        """Whether the scheduler drives a model that is transformed, or compiled with ``ltd_fx.backend``."""
+        return self._state is not None or self._awaited
+
+    def _await(self) -> None:
+        """A model will be attached."""
+        self._awaited = True
 
     def _attach(self, state: Driven | None) -> None:
         """Drive ``state``'s model, whose layers read the lengths in ``state.lengths``; ``None``: no model."""
-        self._state = state
+        if state is not None and self._draws is not None:
+            state.check_position(self._draws)
+            state.resume(self._draws)
+        self._state, self._awaited, self._draws = state, False, None
         self._lengths = {None: self._lengths[None], **(state.lengths if state is not None else {})}
         self._sums = {share: self._sum(self._step, share) for share in self._lengths}
         self._publish()
@@ -262,19 +279,22 @@ class LTDScheduler:
         _integer("step", state_dict["step"], 0)
         refuse_other(self._config(), state_dict["config"])
         draws = state_dict["draws"]
-        if draws is not None and self._state is None:
+        if draws is not None and self._state is None and not self._awaited:
             raise LTDError("LTDScheduler: pass the scheduler to ltd_fx.transform before load_state_dict, or set_step")
         if draws is not None and self._state is not None:
             self._state.check_position(draws)
         self.set_step(state_dict["step"])
         if draws is not None and self._state is not None:
             self._state.resume(draws)
+        self._draws = None if self._state is not None else draws
         if self._state is not None and self._state.spans_ranks:
             self._state.check_ranks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LTDScheduler":
         """A scheduler at the same step that drives no model: two would contend for one model's draws."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _state=None, _lengths={None: ReservedLength()})
+        other.__dict__.update(
+            self.__dict__, _state=None, _awaited=False, _draws=None, _lengths={None: ReservedLength()}
+        )
         other._attach(None)
         return other
