@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from ltd_fx.dynamo.captured import Captured
 from ltd_fx.dynamo.origin import Origin, origin_of
 from ltd_fx.dynamo.program import Program, find_model
-from ltd_fx.dynamo.routed import Dense, RoutedGraph, RoutedLayers
+from ltd_fx.dynamo.routed import RoutedGraph, RoutedLayers
 from ltd_fx.errors import LTDError
 from ltd_fx.install import RewriteReport, Settings
 from ltd_fx.learn import calls_of
@@ -43,8 +43,8 @@ class Backend:
             return partial(_fail, error)  # Dynamo would wrap it in an error of its own.
         if routed is not None:
             return routed
-        dense = backend_named(self._inner)(graph, inputs, **options)
-        return Dense(program, dense) if program is not None and program.model.training else dense
+        dense: Compiled = backend_named(self._inner)(graph, inputs, **options)
+        return dense
 
     @property
     def program(self) -> Program:

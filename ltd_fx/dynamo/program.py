@@ -1,7 +1,7 @@
 """The model whose graphs a backend is given: its layers, what their sites share, and the forwards, of many graphs."""
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -38,7 +38,7 @@ class Program:
         self.layers = {layer.name: layer for layer in layers}
         self.numbers = {layer.name: i for i, layer in enumerate(layer for layer in layers if layer.routed)}
         self.sites: dict[str, Site] = {}  # Those of the latest forward, by layer.
-        self._ran: set[Hashable] = set()  # What has run in the forward under way.
+        self._ran: set[str] = set()  # The layers that have run in the latest forward.
         self._seen = False  # Whether a forward is over.
 
     @property
@@ -62,27 +62,29 @@ class Program:
             return getattr(self.model.get_submodule(holder), last)
         return None
 
-    def begin(self, part: Hashable, mask: Any) -> None:
-        """A graph of the model runs in training: a forward begins where that graph, ``part``, has run in the latest.
+    def begin(self, sites: Mapping[str, Site], mask: Any) -> None:
+        """A graph with these sites runs: in a new forward, where one of its layers has run in the latest.
 
         Raises:
             LTDError: routed layers were in no graph of the forward before.
         """
-        if part in self._ran or not self._ran:
+        if sites and (not self._ran or not self._ran.isdisjoint(sites)):
             if self._ran:
                 self._check_seen()
             self._ran.clear()
             given = {} if self.protect is None else {self.protect: mask}
             self.state.begin_forward(self.model, (), given)
-            for site in self.sites.values():
+            for site in {**self.sites, **sites}.values():
                 site.begin_forward()
                 if site.span is not None:
                     site.span.close()
-        self._ran.add(part)
+        self._ran.update(sites)
+        self.sites.update(sites)
         self.state.under_way = True
 
     def _check_seen(self) -> None:
-        missing = [name for name in self.numbers if name not in self.sites]
+        unseen = (name for name in self.numbers if name not in self.sites)
+        missing = [name for name in unseen if self.model.get_submodule(name).training]
         if missing and not self._seen:
             raise LTDError(
                 f"ltd_fx.backend: {missing[0]} was in no graph of the model's first forward, so it saw all tokens: it "

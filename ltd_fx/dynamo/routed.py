@@ -18,20 +18,6 @@ from ltd_fx.runtime import Site
 Compiler = Callable[[nn.Module], Callable[..., Any]]
 
 
-class Dense:
-    """A graph without routed layers, which may be the first of a forward."""
-
-    def __init__(self, program: Program, compiled: Callable[..., Any]) -> None:
-        self._program, self._compiled = program, compiled
-
-    def __call__(self, *inputs: Any) -> Any:
-        self._program.begin(self, None)
-        try:
-            return self._compiled(*inputs)
-        finally:
-            self._program.state.end_forward()
-
-
 class _Routed:
     """A graph of a program, rewritten when it runs first: it is proven with the numbers that it is given then."""
 
@@ -47,17 +33,18 @@ class _Routed:
                 register_inductor_decompositions()
                 self._rewrite(given)
                 self._compiled = self._compiler(captured.module)
-            part = self._part(inputs)
-            program.begin(part, captured.argument(program.protect, inputs))
-            self._enter(part)
+            program.begin(self._enter(inputs), captured.argument(program.protect, inputs))
             try:
                 return self._compiled(*given)
             finally:
                 program.state.end_forward()
 
-    def _rewrite(self, given: list[Any]) -> None: ...
-    def _part(self, inputs: Sequence[Any]) -> Any: ...
-    def _enter(self, part: Any) -> None: ...
+    def _rewrite(self, given: list[Any]) -> None:
+        raise NotImplementedError
+
+    def _enter(self, inputs: Sequence[Any]) -> Mapping[str, Site]:
+        """The sites, by layer, of those that run with these inputs."""
+        raise NotImplementedError
 
 
 class RoutedGraph(_Routed):
@@ -82,11 +69,8 @@ class RoutedGraph(_Routed):
         self._sites = {site.name: site for site in rewrite.sites}
         self._program.layers.update({layer.name: layer for layer in rewrite.routed})
 
-    def _part(self, inputs: Sequence[Any]) -> Any:
-        return self
-
-    def _enter(self, part: Any) -> None:
-        self._program.sites.update(self._sites)
+    def _enter(self, inputs: Sequence[Any]) -> Mapping[str, Site]:
+        return self._sites
 
 
 class RoutedLayers(_Routed):
@@ -129,19 +113,17 @@ class RoutedLayers(_Routed):
                     proof = found.proof and replace(found.proof, name=name)
                     program.layers[name] = replace(known, pattern=found.pattern, vouched=False, proof=proof)
 
-    def _part(self, inputs: Sequence[Any]) -> Any:
-        weight = inputs[self._place]
-        for name in self._program.layers:
-            if self._program.weight_maybe(name, self._weight) is weight:
-                return name
-        raise LTDError(f"ltd_fx.backend: {self._name} runs with weights that are no layer's of the model")
-
-    def _enter(self, part: Any) -> None:
-        layer, site = self._captured.module.get_submodule(self._name), self._sites.get(part)
-        layer.training = site is not None  # Others are dense.
-        if site is not None:
-            setattr(self._captured.module, f"{SITE}_0", site)
-            self._program.sites[part] = site
+    def _enter(self, inputs: Sequence[Any]) -> Mapping[str, Site]:
+        weight, module = inputs[self._place], self._captured.module
+        name = next((n for n in self._program.layers if self._program.weight_maybe(n, self._weight) is weight), None)
+        if name is None:
+            raise LTDError(f"ltd_fx.backend: {self._name} runs with weights that are no layer's of the model")
+        site = self._sites.get(name)
+        module.get_submodule(self._name).training = site is not None  # Others are dense.
+        if site is None:
+            return {}
+        setattr(module, f"{SITE}_0", site)
+        return {name: site}
 
 
 def _rewritten(
