@@ -17,6 +17,7 @@ from ltd_fx.install import (
     Settings,
     VerifyReport,
     attach,
+    check_free,
     complete,
     find_rewrite,
     find_rewrite_maybe,
@@ -112,6 +113,7 @@ def transform(
     settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
     settings.check(scheduler)
     chosen = settings.choose(model)
+    check_free(model, chosen)
     state = settings.state(model, chosen, scheduler)
     register_inductor_decompositions()
     flat = flat_layers(model, layers)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ltd_fx.dynamo.origin import Origin
 from ltd_fx.errors import LTDError
-from ltd_fx.install import Settings
+from ltd_fx.install import Settings, find_rewrite_maybe
 from ltd_fx.learn import find_layers
 from ltd_fx.runtime import Site
 from ltd_fx.schedule import LTDScheduler
@@ -28,6 +28,8 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, settings: Settings, scheduler: LTDScheduler | None) -> None:
+        if find_rewrite_maybe(model) is not None:
+            raise LTDError("ltd_fx.backend: the model is transformed already; call ltd_fx.restore(model) first")
         self._model = weakref.ref(model)
         self.protect = settings.protect if isinstance(settings.protect, str) else None
         layers = settings.choose(model)
@@ -43,8 +45,12 @@ class Program:
 
     @property
     def model(self) -> nn.Module:
+        """Raises :class:`LTDError` where the model is no more, and a graph of it was kept for another."""
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise LTDError(
+                "ltd_fx.backend: the model that it was given graphs of is gone; give each a backend of its own"
+            )
         return model
 
     def names(self) -> dict[nn.Module, str]:
@@ -62,7 +68,7 @@ class Program:
             return getattr(self.model.get_submodule(holder), last)
         return None
 
-    def begin(self, sites: Mapping[str, Site], mask: Any) -> None:
+    def begin(self, graph: nn.Module, sites: Mapping[str, Site], mask: Any) -> None:
         """A graph with these sites runs: in a new forward, where one of its layers has run in the latest.
 
         Raises:
@@ -73,7 +79,7 @@ class Program:
                 self._check_seen()
             self._ran.clear()
             given = {} if self.protect is None else {self.protect: mask}
-            self.state.begin_forward(self.model, (), given)
+            self.state.begin_forward(graph, (), given)
             for site in {**self.sites, **sites}.values():
                 site.begin_forward()
                 if site.span is not None:
@@ -83,9 +89,11 @@ class Program:
         self.state.under_way = True
 
     def _check_seen(self) -> None:
+        if self._seen:
+            return
         unseen = (name for name in self.numbers if name not in self.sites)
         missing = [name for name in unseen if self.model.get_submodule(name).training]
-        if missing and not self._seen:
+        if missing:
             raise LTDError(
                 f"ltd_fx.backend: {missing[0]} was in no graph of the model's first forward, so it saw all tokens: it "
                 "was skipped, or runs outside of torch.compile; leave it out with layers=..., or use ltd_fx.transform"

@@ -1,6 +1,6 @@
 """What runs in place of a graph that Dynamo captured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class _Routed:
                 register_inductor_decompositions()
                 self._rewrite(given)
                 self._compiled = self._compiler(captured.module)
-            program.begin(self._enter(inputs), captured.argument(program.protect, inputs))
+            program.begin(captured.module, self._enter(inputs), captured.argument(program.protect, inputs))
             try:
                 return self._compiled(*given)
             finally:
@@ -59,6 +59,8 @@ class RoutedGraph(_Routed):
 
     def __init__(self, program: Program, captured: Captured, called: Sequence[str], compiler: Compiler) -> None:
         super().__init__(program, captured, compiler)
+        cut = {layer.route for layer in program.layers.values() if layer.route and layer.name not in called}
+        _refuse_routes(cut & {program.layers[name].route for name in called})
         self._called = called
         self._sites: Mapping[str, Site] = {}
 
@@ -86,11 +88,7 @@ class RoutedLayers(_Routed):
     def __init__(self, program: Program, captured: Captured, name: str, compiler: Compiler) -> None:
         super().__init__(program, captured, compiler)
         self._name = name
-        if any(layer.route for layer in program.layers.values()):
-            raise LTDError(
-                "ltd_fx.backend: the layers of a route must be in one graph, and torch.compile has one for each layer; "
-                "use ltd_fx.transform"
-            )
+        _refuse_routes({layer.route for layer in program.layers.values()} - {None})
         first = next((weight for weight in captured.weights if weight.startswith(name + ".")), None)
         if first is None:
             raise LTDError(
@@ -124,6 +122,14 @@ class RoutedLayers(_Routed):
             return {}
         setattr(module, f"{SITE}_0", site)
         return {name: site}
+
+
+def _refuse_routes(routes: Collection[str | None]) -> None:
+    for route in routes:
+        raise LTDError(
+            f"ltd_fx.backend: the layers of the route of {route} must be in one graph, and torch.compile captures "
+            "several (fullgraph=True says why); end the route where the graph does, or use ltd_fx.transform"
+        )
 
 
 def _rewritten(

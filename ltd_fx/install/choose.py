@@ -16,7 +16,6 @@ RouteSpec = tuple[int, int, float | None]
 
 
 def choose(
-    model: nn.Module,
     stacks: list[list[CallSite]],
     skip_first: int,
     skip_last: int,
@@ -26,13 +25,8 @@ def choose(
     """All layers of ``stacks``, those to route marked as such; see ``ltd_fx.transform`` for the arguments.
 
     Raises:
-        LTDError: no layer is left to route, a layer cannot be or is routed already, a route or share does not fit.
+        LTDError: no layer is left to route, a route or share does not fit.
     """
-    modules = dict(model.named_modules())
-    for stack in stacks:
-        for layer in stack:
-            if layer.name in modules:  # A layer without weights that a flat graph was traced from is not there.
-                _check_free(layer.name, modules[layer.name])
     layers = [layer for stack in stacks for layer in _choose_in_stack(stack, skip_first, skip_last, routes)]
     if not any(layer.routed for layer in layers):
         sizes = ", ".join(f"{len(stack)} in {stack[0].stack or 'the root'}" for stack in stacks)
@@ -41,7 +35,15 @@ def choose(
     return _with_shares(layers, keep or {})
 
 
-def _check_free(name: str, slot: nn.Module) -> None:
+def check_free(model: nn.Module, layers: Sequence[CallSite]) -> None:
+    """Raise :class:`LTDError` where one of ``layers`` is routed already, or cannot be in place."""
+    modules = dict(model.named_modules())
+    for layer in layers:
+        if layer.name in modules:  # A layer without weights that a flat graph was traced from is not there.
+            _check_slot(layer.name, modules[layer.name])
+
+
+def _check_slot(name: str, slot: nn.Module) -> None:
     if isinstance(slot, RoutedLayer):
         raise LTDError(f"ltd_fx: {name} is routed already; restore it, or leave it out with layers=...")
     if "forward" in slot.__dict__:

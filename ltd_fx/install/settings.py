@@ -44,10 +44,10 @@ class Settings(NamedTuple):
         """The target layers of ``model``, those to route marked as such.
 
         Raises:
-            LTDError: none is left to route, a layer is routed already, a route or a share does not fit.
+            LTDError: none is left to route, a route or a share does not fit.
         """
         stacks = find_stacks(model, self.layers)
-        return choose(model, stacks, self.skip_first, self.skip_last, self.routes, self.keep)
+        return choose(stacks, self.skip_first, self.skip_last, self.routes, self.keep)
 
     def state(self, model: nn.Module, layers: Sequence[CallSite], scheduler: LTDScheduler | None) -> RouteState:
         """What the sites of ``layers`` share. With a mesh a collective.
