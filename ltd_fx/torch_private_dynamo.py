@@ -6,7 +6,7 @@ As those of ``torch_private``: each has a test of its name, and all were seen in
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 
 class Frame(NamedTuple):
@@ -71,6 +71,11 @@ def trace_again(reason: str) -> None:
 
     InstructionTranslator.current_tx().speculation_log.clear()  # It would hold the next trace to the steps of this one.
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether the module's ``compile`` method was called."""
+    return module._compiled_call_impl is not None
 
 
 def backend_named(backend: Any) -> Any:

@@ -13,6 +13,9 @@ from ltd_fx.install import Settings, find_rewrite_maybe
 from ltd_fx.learn import find_layers
 from ltd_fx.runtime import Site
 from ltd_fx.schedule import LTDScheduler
+from ltd_fx.torch_private import ORIG_MOD
+from ltd_fx.torch_private_dynamo import compiled_in_place
+from ltd_fx.weights import held_by
 
 
 class Program:
@@ -58,8 +61,9 @@ class Program:
         return {module: name for name, module in self.model.named_modules()}
 
     def has(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the model, or of it."""
-        return any(module is other for other in self.model.modules())
+        """Whether ``module`` is the model, or one is within the other."""
+        model = self.model
+        return any(module is other for other in model.modules()) or any(model is other for other in module.modules())
 
     def weight_maybe(self, layer: str, name: str) -> Any:
         """The layer's parameter or buffer of that name, as it is now."""
@@ -102,15 +106,23 @@ class Program:
 
 
 def find_model(origin: Origin, settings: Settings) -> nn.Module | None:
-    """The model that a graph is of: of the modules that its frame found or that are being called, the smallest that
-    has layers, unless a larger one takes it for a layer itself. ``None``: none has.
+    """The model that a graph is of: of the modules that its frame found or that are being called, the one that is
+    compiled, or else the smallest that has layers, unless a larger one takes it for a layer itself. ``None``: none has.
     """
-    modules = dict.fromkeys((*origin.roots.values(), *origin.callers))
-    found = [(module, selected) for module in modules if (selected := _selected(module, settings))]
+    modules = dict.fromkeys(map(_unwrapped, (*origin.roots.values(), *origin.callers)))
+    compiled = (module for module in origin.callers if held_by(module) == ORIG_MOD or compiled_in_place(module))
+    first = dict.fromkeys(map(_unwrapped, compiled))
+    found = [(module, selected) for module in {**first, **modules} if (selected := _selected(module, settings))]
     for module, _ in found:
         if not any(module in set(outer.get_submodule(name).modules()) for outer, names in found for name in names):
             return module
     return None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model in a wrapper of it: ``torch.compile``'s, DDP's."""
+    child = held_by(module)
+    return module if child is None else _unwrapped(module.get_submodule(child))
 
 
 def _selected(module: nn.Module, settings: Settings) -> list[str]:

@@ -1,0 +1,91 @@
+"""Models under ``ltd_fx.backend`` in HF's Trainer, DDP and FSDP2 by layers; what they save is the plain model's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_ddp as test_ddp_
+import test_fsdp
+import test_huggingface
+import torch
+import torch.distributed as dist
+from conftest import SEQ
+from ranks import on_ranks
+from safetensors.torch import load_file
+from test_ddp import encoder, llama
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import ltd_fx
+from ltd_fx import LTDError, LTDScheduler
+from ltd_fx.huggingface import LTDCallback
+
+
+@pytest.mark.parametrize("build", [encoder, llama])
+@on_ranks(2)
+def test_ddp(build: Any) -> None:
+    """The gradients of one process that draws as each rank in turn, with ``transform``."""
+    model, scheduler = build(), LTDScheduler(9, SEQ, 3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    backend = ltd_fx.backend(scheduler, inner="aot_eager", device_mesh=mesh)
+    ddp = DistributedDataParallel(torch.compile(model, backend=backend, fullgraph=True))
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        test_ddp_.assert_trains_as_expected(ddp, model, scheduler, build)
+    assert {site.status for site in ltd_fx.summary(backend).sites if site.routed} == {"proven"}
+
+
+@on_ranks(2)
+def test_the_parts_that_ddp_has_a_graph_split_into_are_refused() -> None:
+    model = encoder()
+    ddp = DistributedDataParallel(torch.compile(model, backend=ltd_fx.backend(inner="aot_eager")), bucket_cap_mb=1e-4)
+    with pytest.raises(LTDError, match="optimize_ddp"):
+        ddp(test_ddp_.batch(model, 0, 0, 0))
+
+
+@on_ranks(2)
+def test_fsdp2_by_layers() -> None:
+    """Its hooks make each layer a graph, which all of them share."""
+    model, scheduler = llama(), LTDScheduler(9, SEQ, 3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    test_fsdp.shard(model, mesh=mesh)
+    counter = CompileCounterWithBackend("aot_eager")
+    backend = ltd_fx.backend(scheduler, inner=counter, device_mesh=mesh)
+    test_fsdp.assert_trains_as_expected(model, scheduler, llama, run=torch.compile(model, backend=backend))
+    assert {site.status for site in ltd_fx.summary(backend).sites if site.routed} == {"proven"}
+
+
+def compiled_trainer(folder: Path, scheduler: LTDScheduler) -> Any:
+    """``test_huggingface``'s, with a model that is compiled rather than transformed."""
+    trainer = test_huggingface.trainer_of(folder)
+    ltd_fx.restore(trainer.model)
+    trainer.model.compile(backend=ltd_fx.backend(scheduler, inner="aot_eager"))
+    for callback in [
+        c for c in trainer.callback_handler.callbacks if isinstance(c, (LTDCallback, test_huggingface.Watch))
+    ]:
+        trainer.remove_callback(callback)
+    trainer.add_callback(LTDCallback(scheduler))
+    trainer.lr_scheduler._scheduler = scheduler
+    return trainer
+
+
+@pytest.mark.compat("transformers")
+def test_trainer(tmp_path: Path) -> None:
+    """The losses of the transformed model, to rounding; a checkpoint is the plain model's, and resumes."""
+    transformed = test_huggingface.trainer_of(tmp_path / "transformed")
+    transformed.train()
+    scheduler, again = test_huggingface.scheduler_of(), test_huggingface.scheduler_of()
+    trainer = compiled_trainer(tmp_path / "compiled", scheduler)
+    trainer.train()
+    ours, theirs = test_huggingface.losses(trainer), test_huggingface.losses(transformed)
+    assert list(ours) == list(theirs)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    for key in ("ltd_reserved_length", "ltd_layer_tokens", "ltd_saved"):
+        assert test_huggingface.losses(trainer, key) == test_huggingface.losses(transformed, key)
+    saved = [
+        load_file(tmp_path / which / "checkpoint-4" / "model.safetensors") for which in ("compiled", "transformed")
+    ]
+    assert list(saved[0]) == list(saved[1])
+    resumed = compiled_trainer(tmp_path / "resumed", again)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "compiled" / "checkpoint-4"))
+    assert test_huggingface.losses(resumed) == test_huggingface.losses(trainer)
