@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import test_ddp as test_ddp_
@@ -37,9 +38,13 @@ def test_ddp(build: Any) -> None:
 
 @on_ranks(2)
 def test_the_parts_that_ddp_has_a_graph_split_into_are_refused() -> None:
-    model = encoder()
-    ddp = DistributedDataParallel(torch.compile(model, backend=ltd_fx.backend(inner="aot_eager")), bucket_cap_mb=1e-4)
-    with pytest.raises(LTDError, match="optimize_ddp"):
+    model, kibibyte = encoder(), 1 << 10
+    run = torch.compile(model, backend=ltd_fx.backend(inner="aot_eager"))
+    ddp = DistributedDataParallel(run, bucket_cap_mb=kibibyte / 2**20)
+    with (
+        mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", kibibyte),
+        pytest.raises(LTDError, match="optimize_ddp"),
+    ):
         ddp(test_ddp_.batch(model, 0, 0, 0))
 
 
