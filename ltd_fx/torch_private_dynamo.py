@@ -6,7 +6,21 @@ As those of ``torch_private``: each has a test of its name, and all were seen in
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
+
+__all__ = [
+    "backend_named",
+    "compile_number",
+    "compiled_in_place",
+    "frame_in_progress",
+    "guard_training",
+    "mark_any_size",
+    "put_tensor",
+    "source_name",
+    "sources_of",
+    "trace_again",
+]
 
 
 class Frame(NamedTuple):
@@ -64,6 +78,12 @@ def guard_training(module: Any) -> None:
     install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
+def mark_any_size(tensor: torch.Tensor) -> None:
+    """Have the next trace take every size of the tensor for a symbol of its own, but those that the program fixes."""
+    for dim in range(tensor.ndim):
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
 def trace_again(reason: str) -> None:
     """In a backend: have Dynamo trace the frame once more, for inputs that were marked since."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -71,6 +91,12 @@ def trace_again(reason: str) -> None:
 
     InstructionTranslator.current_tx().speculation_log.clear()  # It would hold the next trace to the steps of this one.
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    """Have the module hold ``tensor`` as the parameter or buffer that it has of that name, whatever its class."""
+    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    held[name] = tensor
 
 
 def compiled_in_place(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ltd_fx.install import RewriteReport, Settings
 from ltd_fx.learn import calls_of
 from ltd_fx.runtime import sampled_indices
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.torch_private_dynamo import backend_named, compile_number, guard_training, trace_again
+from ltd_fx.torch_private_dynamo import backend_named, compile_number, guard_training, mark_any_size, trace_again
 
 Inner = str | Callable[..., Any]
 Compiled = Callable[..., Any]
@@ -108,8 +108,7 @@ class Backend:
         self._traced = number
         for place in captured.given:
             if isinstance(inputs[place], Tensor) and not isinstance(inputs[place], nn.Parameter):
-                for dim in range(inputs[place].ndim):
-                    torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
+                mark_any_size(inputs[place])
         trace_again("ltd_fx: the length of the sequences must be a symbol")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ltd_fx.dynamo.origin import Origin, weight_of
-from ltd_fx.torch_private_dynamo import source_name, sources_of
+from ltd_fx.torch_private_dynamo import put_tensor, source_name, sources_of
 
 _ITEM = re.compile(r".*\['(\w+)'\]")
 _STACK = "nn_module_stack"
@@ -108,9 +108,7 @@ class Captured:
 
     def _bind(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            holder, last = self._holders[name], name.rpartition(".")[2]
-            held = holder._parameters if last in holder._parameters else holder._buffers
-            held[last] = value
+            put_tensor(self._holders[name], name.rpartition(".")[2], value)
 
 
 class _Entries:

@@ -1,7 +1,7 @@
 """Where a graph that Dynamo captured comes from: its frame, and the modules that this frame found."""
 
+import inspect
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -76,10 +76,10 @@ def weight_of(placeholder: fx.Node) -> re.Match[str] | None:
 
 def _callers() -> Iterator[nn.Module]:
     seen: set[int] = set()
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    frame = inspect.currentframe()
+    while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, nn.Module) and id(caller) not in seen:
             seen.add(id(caller))
             yield caller
+        frame = frame.f_back

@@ -9,10 +9,9 @@ from torch import nn
 from ltd_fx.dynamo.captured import Captured
 from ltd_fx.dynamo.program import Program
 from ltd_fx.errors import LTDError
-from ltd_fx.install import Rewrite, install, outlined
+from ltd_fx.install import Rewrite, install, outlined, put_site
 from ltd_fx.learn import CallSite
 from ltd_fx.ops import register_inductor_decompositions
-from ltd_fx.passes import SITE
 from ltd_fx.runtime import Site
 
 Compiler = Callable[[nn.Module], Callable[..., Any]]
@@ -120,7 +119,7 @@ class RoutedLayers(_Routed):
         module.get_submodule(self._name).training = site is not None  # Others are dense.
         if site is None:
             return {}
-        setattr(module, f"{SITE}_0", site)
+        put_site(module, 0, site)
         return {name: site}
 
 

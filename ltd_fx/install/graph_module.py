@@ -51,9 +51,14 @@ def unroute_graph(model: fx.GraphModule, original: fx.Graph) -> None:
     model.graph = original
 
 
+def put_site(model: nn.Module, place: int, site: Site) -> None:
+    """Have the rewritten graph's ``place``-th routed layer be ``site``."""
+    setattr(model, f"{SITE}_{place}", site)
+
+
 def _put_sites(model: fx.GraphModule, sites: list[Site]) -> None:
     for i, site in enumerate(sites):
-        setattr(model, f"{SITE}_{i}", site)
+        put_site(model, i, site)
     # The class is the module's own: fx makes one for each GraphModule, with its forward.
     for name, method in _METHODS.items():
         setattr(type(model), name, method)

@@ -1,4 +1,4 @@
-"""Private and undocumented names of torch are in ``torch_private.py`` and ``torch_private_sizes.py`` alone."""
+"""Private and undocumented names of torch are in ``torch_private.py`` and its neighbours of like names alone."""
 
 import ast
 import re
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ltd_fx import torch_private, torch_private_sizes
+from ltd_fx import torch_private, torch_private_dynamo, torch_private_sizes
 
 PACKAGE = Path(__file__).parents[2] / "ltd_fx"
-ROOMS = (PACKAGE / "torch_private.py", PACKAGE / "torch_private_sizes.py")
+PRIVATE = (torch_private, torch_private_dynamo, torch_private_sizes)
+ROOMS = tuple(Path(room.__file__) for room in PRIVATE)
 # Without an underscore, and documented no better.
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}
 # Underscores of Python's own, of an operator of ours, and of Lightning's.
@@ -72,7 +73,7 @@ def test_no_other_file_names_one() -> None:
 
 def test_each_name_has_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_torch_private*.py"))
-    for room in (torch_private, torch_private_sizes):
+    for room in PRIVATE:
         assert [name for name in room.__all__ if f"{room.__name__.split('.')[-1]}.{name}" not in tests] == []
 
 
