@@ -3,7 +3,7 @@
 As those of ``torch_private``: each has a test of its name, and all were seen in torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ __all__ = [
     "backend_named",
     "compile_number",
     "compiled_in_place",
+    "custom_graph_pass",
     "frame_in_progress",
     "guard_training",
     "mark_any_size",
@@ -91,6 +92,20 @@ def trace_again(reason: str) -> None:
 
     InstructionTranslator.current_tx().speculation_log.clear()  # It would hold the next trace to the steps of this one.
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def custom_graph_pass(run: Callable[[fx.Graph], None], identity: Any) -> Any:
+    """For ``torch._inductor.config.pre_grad_custom_pass``; Inductor's cache tells passes by their ``identity``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> Any:
+            return identity
+
+    return Pass()
 
 
 def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:

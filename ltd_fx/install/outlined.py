@@ -9,8 +9,7 @@ import torch
 from torch import fx, nn
 
 from ltd_fx.errors import LTDError
-from ltd_fx.passes import outline
-from ltd_fx.torch_private import share_contents
+from ltd_fx.passes import outline, put_layers, put_module
 
 # The operators that tell the mode in which a layer was traced, by an argument and its place.
 _MODES: dict[Any, tuple[str, int]] = {
@@ -46,16 +45,9 @@ def outline_layers(model: fx.GraphModule, layers: Mapping[str, type[nn.Module]])
     graphs = outline(graph, names=list(layers))
     for name, own in graphs.items():
         _refuse_eval(name, own)
-    done = Outlined(flat, {name: _holder_maybe(model, name) for name in layers})
-    for name, own in graphs.items():
-        holder = done.holders[name]
-        layer = fx.GraphModule(nn.Module() if holder is None else holder, own, layers[name].__name__)
-        if holder is not None:  # All of it, also what the layer does not use.
-            share_contents(layer, holder)
-        layer.training = model.training
-        _put(model, name, layer)
+    holders = put_layers(model, graphs, {name: cls.__name__ for name, cls in layers.items()})
     model.graph = graph
-    return done
+    return Outlined(flat, holders)
 
 
 @contextmanager
@@ -76,7 +68,7 @@ def outlined(model: nn.Module, layers: Mapping[str, type[nn.Module]]) -> Iterato
 def inline_layers(model: fx.GraphModule, outlined: Outlined) -> None:
     """Undo :func:`outline_layers`."""
     for name, holder in outlined.holders.items():
-        _put(model, name, holder)
+        put_module(model, name, holder)
     model.graph = outlined.graph
 
 
@@ -90,24 +82,3 @@ def _refuse_eval(name: str, graph: fx.Graph) -> None:
                     f"ltd_fx: {name} was traced in eval mode ({node.target} has {argument}=False), so it cannot be "
                     "trained; call model.train() before torch.export or make_fx"
                 )
-
-
-def _holder_maybe(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _put(model: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Set or, with ``None``, take away the submodule ``name``."""
-    *holders, last = name.split(".")
-    holder = model
-    for part in holders:
-        if part not in dict(holder.named_children()):
-            holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
-    if module is None:
-        delattr(holder, last)
-    else:
-        holder.add_module(last, module)

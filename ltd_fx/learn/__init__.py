@@ -13,4 +13,4 @@ from ltd_fx.learn.observe import Call, describe, is_stream, observe, observe_val
 from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe, register_pattern
 from ltd_fx.learn.probe import by_name, stream
 from ltd_fx.learn.sandbox import Sandbox, tensors_in
-from ltd_fx.learn.traced import calls_of, traced_inputs
+from ltd_fx.learn.traced import calls_of, mark_module, traced_inputs

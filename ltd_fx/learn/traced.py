@@ -26,6 +26,11 @@ def calls_of(graph: fx.Graph, name: str) -> list[list[fx.Node]]:
     return list(calls.values())
 
 
+def mark_module(node: fx.Node, name: str, cls: type[nn.Module]) -> None:
+    """Have the node remember that it was traced in that module, innermost."""
+    node.meta[_STACK] = {**(node.meta.get(_STACK) or {}), name: (name, cls)}
+
+
 def skeleton(graph: fx.Graph) -> nn.Module:
     """A tree of empty modules of the classes and names that ``graph`` was traced from, to select layers in."""
     root = nn.Module()

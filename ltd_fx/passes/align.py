@@ -19,10 +19,12 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.passes.capture import ARGS, KWARGS
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import LocatedCall, located_calls
 from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gather_extras
 
 
+@GraphPass
 def align(graph: fx.Graph) -> int:
     """Gather the arguments that follow the tokens, for each located call.
 

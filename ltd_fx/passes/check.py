@@ -10,11 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import LocatedCall, located_calls
 from ltd_fx.runtime import Draw, Site, hidden_shape
 from ltd_fx.torch_private import fake_mode_of
 
 
+@GraphPass
 def check(graph: fx.Graph, *, sites: Mapping[str, Site] | None = None) -> int:
     """Check every routed call; with ``sites`` (by layer name), its recorded values too.
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import CallSite, LayerPattern
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.runtime import draw_tokens
 
 META = "ltd_fx"
@@ -86,6 +87,7 @@ def located_calls(graph: fx.Graph) -> Iterator[LocatedCall]:
             yield node.meta[META]
 
 
+@GraphPass
 def locate(graph: fx.Graph, *, targets: Mapping[str, Target]) -> int:
     """Mark the calls of ``targets`` (by ``call_module`` target) and insert their draws.
 

@@ -10,21 +10,24 @@ Sizes are computed anew within, from what the layer is given, so that they are t
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import calls_of
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import VALUES
-from ltd_fx.torch_private import ASSERT_SCALAR
+from ltd_fx.torch_private import ASSERT_SCALAR, share_contents
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
 _SIZES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default}
 
 
+@GraphPass
 def outline(graph: fx.Graph, *, names: Sequence[str]) -> dict[str, fx.Graph]:
     """Replace the nodes of each call of a layer by a ``call_module`` of its name.
 
@@ -34,13 +37,60 @@ def outline(graph: fx.Graph, *, names: Sequence[str]) -> dict[str, fx.Graph]:
 
     Returns:
         The layers' own graphs, by name: a placeholder for each tensor that comes from outside, the hidden states
-        first, and attributes named as from within the layer.
+        first, and attributes named as from within the layer. :func:`put_layers` makes modules of them.
 
     Raises:
         LTDError: a layer is never called; the nodes of a call have several results, or are not those of the others;
             discard the graph then.
     """
     return {name: _outline_layer(graph, name) for name in names}
+
+
+def put_layers(
+    model: fx.GraphModule, graphs: Mapping[str, fx.Graph], classes: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, nn.Module | None]:
+    """Give ``model`` the modules that its graph calls once :func:`outline` has changed it.
+
+    Their weights stay where they are: names and ``state_dict`` keys are as they were.
+
+    Args:
+        model: the root.
+        graphs: of the layers, by name.
+        classes: what to call theirs.
+
+    Returns:
+        What was in the places of the layers: modules that hold their weights; ``None`` where there was none.
+    """
+    holders = {name: _holder_maybe(model, name) for name in graphs}
+    for name, graph in graphs.items():
+        holder = holders[name]
+        layer = fx.GraphModule(nn.Module() if holder is None else holder, graph, classes.get(name, "GraphModule"))
+        if holder is not None:  # All of it, also what the layer does not use.
+            share_contents(layer, holder)
+        layer.training = model.training
+        put_module(model, name, layer)
+    return holders
+
+
+def _holder_maybe(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Set or, with ``None``, take away the submodule ``name``."""
+    *holders, last = name.split(".")
+    holder = model
+    for part in holders:
+        if part not in dict(holder.named_children()):
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    if module is None:
+        delattr(holder, last)
+    else:
+        holder.add_module(last, module)
 
 
 def _outline_layer(graph: fx.Graph, name: str) -> fx.Graph:
@@ -164,7 +214,7 @@ class _Call:
                 "computed from within it; leave it out with transform(..., layers=...)"
             )
         with self.flat.inserting_before(first):
-            call = self.flat.call_module(self.name, tuple(self.inputs))
+            call = self.flat.create_node("call_module", self.name, tuple(self.inputs))
         call.meta = dict(output.meta)
         for user in users:
             user.replace_input_with(output, call)

@@ -15,10 +15,12 @@ import operator
 
 from torch import fx
 
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import VALUES, located_calls
 from ltd_fx.runtime import merge_output, split_hidden
 
 
+@GraphPass
 def route(graph: fx.Graph) -> int:
     """Wrap each located call in split and merge.
 

@@ -20,10 +20,12 @@ from typing import Any
 from torch import fx
 
 from ltd_fx.errors import LTDError
+from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import VALUES, LocatedCall, located_calls
 from ltd_fx.runtime import hand_over, rest_of, take_over
 
 
+@GraphPass
 def span(graph: fx.Graph) -> int:
     """Join the routed calls of each route over several layers.
 
