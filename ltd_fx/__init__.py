@@ -2,7 +2,6 @@
 
 import ltd_fx.cuda  # noqa: F401 (registers the kernels)
 from ltd_fx.api import (
-    backend,
     check_ranks,
     compile_layers,
     is_transformed,
@@ -12,6 +11,7 @@ from ltd_fx.api import (
     transform,
     verify,
 )
+from ltd_fx.dynamo import backend
 from ltd_fx.errors import LTDError
 from ltd_fx.install import RewriteReport, VerifyReport
 from ltd_fx.learn import CallSite, LayerPattern, Proof, register_pattern

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx import runtime
-from ltd_fx.dynamo import Backend, Inner
+from ltd_fx.dynamo import Backend
 from ltd_fx.errors import LTDError
 from ltd_fx.install import (
     RewriteReport,
@@ -124,42 +124,6 @@ def transform(
     with outlined(model, {layer.name: flat[layer.name] for layer in chosen if flat and layer.routed}) as done:
         attach(model, chosen, state, inputs, done)
     return model
-
-
-def backend(
-    scheduler: LTDScheduler | None = None,
-    *,
-    inner: Inner = "inductor",
-    layers: Layers = None,
-    skip_first: int = 1,
-    skip_last: int = 1,
-    seed: int = 0,
-    sampling: str = "per_sample",
-    protect: Protect = None,
-    routes: Sequence[RouteSpec] | None = None,
-    keep: Mapping[str, float] | None = None,
-    device_mesh: DeviceMesh | None = None,
-) -> Backend:
-    """For ``torch.compile(model, backend=ltd_fx.backend(scheduler))``: the model is routed as it is compiled.
-
-    The model is not touched: no class, no attribute, no hook. Each graph that Dynamo captures of it in training is
-    proven, rewritten, and handed to ``inner``; a whole schedule has two graphs, one routed and one dense, and both are
-    of any batch size and length. The same seed draws as :func:`transform` does. In eval mode ``inner`` is given the
-    graph as it is. :func:`summary` and :func:`sampled_indices` take the backend in place of the model.
-
-    Args:
-        scheduler: as the other arguments, see :func:`transform`.
-        inner: what compiles the rewritten graph: the name of a backend, or a callable.
-
-    Returns:
-        A backend for one model: for the module that holds the layers, whether that is compiled, what calls it, or its
-        layers one by one.
-
-    Raises:
-        LTDError: an argument out of range, at once; a layer that cannot be routed, at the first training forward.
-    """
-    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
-    return Backend(scheduler, inner, settings)
 
 
 def compile_layers(model: Model, **options: Any) -> Model:

@@ -145,3 +145,13 @@ def test_compiled_in_place() -> None:
     module.inner.compile(backend="eager")
     assert torch_private_dynamo.compiled_in_place(module.inner)
     assert not torch_private_dynamo.compiled_in_place(module)
+
+
+def test_custom_graph_pass() -> None:
+    """Inductor runs it on Dynamo's graph, and asks for its identity where it caches."""
+    ran = []
+    made = torch_private_dynamo.custom_graph_pass(ran.append, "an identity")
+    assert made.uuid() == "an identity"
+    with torch._inductor.config.patch(pre_grad_custom_pass=made, fx_graph_cache=False):
+        torch.compile(Half(), backend="inductor")(torch.ones(2, 4))
+    assert [type(graph.owning_module).__name__ for graph in ran] == ["GraphModule"]

@@ -1,20 +1,21 @@
 """``torch.compile(model, backend=ltd_fx.backend(...))``: the graphs that Dynamo captures are routed, not the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx.dynamo.captured import Captured
 from ltd_fx.dynamo.origin import Origin, origin_of
 from ltd_fx.dynamo.program import Program, find_model
 from ltd_fx.dynamo.routed import RoutedGraph, RoutedLayers
 from ltd_fx.errors import LTDError
-from ltd_fx.install import RewriteReport, Settings
-from ltd_fx.learn import calls_of
-from ltd_fx.runtime import sampled_indices
+from ltd_fx.install import RewriteReport, RouteSpec, Settings
+from ltd_fx.learn import Layers, calls_of
+from ltd_fx.runtime import Protect, sampled_indices
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.torch_private_dynamo import backend_named, compile_number, guard_training, mark_any_size, trace_again
 
@@ -110,6 +111,51 @@ class Backend:
             if isinstance(inputs[place], Tensor) and not isinstance(inputs[place], nn.Parameter):
                 mark_any_size(inputs[place])
         trace_again("ltd_fx: the length of the sequences must be a symbol")
+
+
+def backend(
+    scheduler: LTDScheduler | None = None,
+    *,
+    inner: Inner = "inductor",
+    layers: Layers = None,
+    skip_first: int = 1,
+    skip_last: int = 1,
+    seed: int = 0,
+    sampling: str = "per_sample",
+    protect: Protect = None,
+    routes: Sequence[RouteSpec] | None = None,
+    keep: Mapping[str, float] | None = None,
+    device_mesh: DeviceMesh | None = None,
+) -> Backend:
+    """For ``torch.compile(model, backend=ltd_fx.backend(scheduler))``: the model is routed as it is compiled.
+
+    The model is not touched: no class, no attribute, no hook. Each graph that Dynamo captures of it in training is
+    proven, rewritten, and handed to ``inner``; a whole schedule has two graphs, one routed and one dense, and both are
+    of any batch size and length. The same seed draws as :func:`ltd_fx.transform` does. In eval mode ``inner`` is given the
+    graph as it is. :func:`ltd_fx.summary` and :func:`ltd_fx.sampled_indices` take the backend in place of the model.
+
+    Args:
+        scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
+        inner: what compiles the rewritten graph: the name of a backend, or a callable.
+        layers: the target layers, by their names in the model; this and what follows is as for ``ltd_fx.transform``.
+        skip_first: layers left dense at the start of each stack.
+        skip_last: layers left dense at the end of each stack.
+        seed: of the draws.
+        sampling: ``"per_sample"`` or ``"shared"``.
+        protect: tokens that are kept first.
+        routes: over several layers, which must be in one graph then.
+        keep: the share of the tokens for single layers, by name.
+        device_mesh: which ranks draw alike; the first training forward is then a collective.
+
+    Returns:
+        A backend for one model: for the module that holds the layers, whether that is compiled, what calls it, or its
+        layers one by one.
+
+    Raises:
+        LTDError: an argument out of range, at once; a layer that cannot be routed, at the first training forward.
+    """
+    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
+    return Backend(scheduler, inner, settings)
 
 
 def _fail(error: LTDError, *inputs: Any) -> None:
