@@ -132,7 +132,7 @@ def backend(
     The model is not touched: no class, no attribute, no hook. Each graph that Dynamo captures of it in training is
     proven, rewritten, and handed to ``inner``; a whole schedule has two graphs, one routed and one dense, and both are
     of any batch size and length. The same seed draws as :func:`ltd_fx.transform` does. In eval mode ``inner`` is given
-    the graph as it is. :func:`ltd_fx.summary` and :func:`ltd_fx.sampled_indices` take the backend in place of the model.
+    the graph as it is. :func:`ltd_fx.summary` and :func:`ltd_fx.sampled_indices` take the backend for the model.
 
     Args:
         scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
