@@ -3,7 +3,8 @@
 ``ideal`` is the bound: the same layers on the first k tokens, with no routing. ``hand-written`` is what a user would
 write in ten lines; ``deepspeed`` is the wrapper of DeepSpeed's package, with torch in place of its CUDA kernels;
 ``tread`` drops tokens over all layers at once, by hand; ``route`` is that in ltd_fx; ``shared`` is *routed* with one
-draw for the whole batch, and measured only where that matters.
+draw for the whole batch, and measured only where that matters; ``backend`` is a plain model that is compiled with
+``ltd_fx.backend``.
 """
 
 import importlib.util
@@ -69,9 +70,21 @@ def ideal(model: nn.Module, setting: Setting) -> None:
         _wrap(layer, last if layer is layers[-1] else first_tokens)
 
 
-def routed(model: nn.Module, setting: Setting, **options: Any) -> SetLength:
-    scheduler = ltd_fx.LTDScheduler(1, 1 << 20, 1, kind=lambda step: step)  # the step is the length
+def _scheduler(setting: Setting) -> ltd_fx.LTDScheduler:
+    """The step is the length."""
+    scheduler = ltd_fx.LTDScheduler(1, 1 << 20, 1, kind=lambda step: step)
     scheduler.set_step(setting.keep)
+    return scheduler
+
+
+def backend(model: nn.Module, setting: Setting) -> SetLength:
+    scheduler = _scheduler(setting)
+    model.compile(backend=ltd_fx.backend(scheduler, skip_first=0, skip_last=0))
+    return scheduler.set_step
+
+
+def routed(model: nn.Module, setting: Setting, **options: Any) -> SetLength:
+    scheduler = _scheduler(setting)
     ltd_fx.transform(model, scheduler, skip_first=0, skip_last=0, **options)
     return scheduler.set_step
 
@@ -206,16 +219,25 @@ PEERS: dict[str, Callable[[nn.Module, Setting], SetLength | None]] = {
     "routed": routed,
     "shared": shared,
     "route": route,
+    "backend": backend,
     "hand-written": hand_written,
     "tread": tread,
     "deepspeed": deepspeed,
 }
 
 
-def peers_for(setting: Setting) -> list[str]:
+def peers_for(setting: Setting, *, compiled: bool = False) -> list[str]:
     """Those that can run it, without ``shared``."""
     absent = {"shared"} if setting.family != "llama" and _has_deepspeed() else {"shared", "deepspeed"}
+    if not compiled or setting.family == "vit":  # whose images are of one size
+        absent.add("backend")
     return [name for name in PEERS if name not in absent]
+
+
+def prepare(name: str, model: nn.Module, setting: Setting, *, compiled: bool) -> nn.Module:
+    """The model as the peer ``name`` runs it."""
+    PEERS[name](model, setting)
+    return torch.compile(model) if compiled and name != "backend" else model
 
 
 def _has_deepspeed() -> bool:

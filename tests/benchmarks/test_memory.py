@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Setting, stepper
-from peers import PEERS, peers_for
+from peers import peers_for, prepare
 from results import results
 from torch import Tensor, nn
 
@@ -47,11 +47,11 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_memory(benchmark: Any, setting: Setting, how: str) -> None:
     found: dict[str, tuple[int, int]] = {}
-    for name in sorted(peers_for(setting), key=lambda name: name != "ideal"):
+    compiled = how == "compiled"
+    for name in sorted(peers_for(setting, compiled=compiled), key=lambda name: name != "ideal"):
         torch._dynamo.reset()
         model = setting.build()
-        PEERS[name](model, setting)
-        step = stepper(torch.compile(model) if how == "compiled" else model, setting.inputs())
+        step = stepper(prepare(name, model, setting, compiled=compiled), setting.inputs())
         step()
         found[name] = peak_bytes(step), saved_bytes(step, model)
         ratios = [ours / bound for ours, bound in zip(found[name], found["ideal"], strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Setting, stepper
-from peers import PEERS, peers_for
+from peers import PEERS, peers_for, prepare
 from results import results
 from rounds import bootstrap, efficiency, interleave, rounds_wanted
 from torch import nn
@@ -42,10 +42,8 @@ SETTINGS = [
 def test_speed(benchmark: Any, setting: Setting, compiled: bool) -> None:
     torch._dynamo.reset()
     steps = {}
-    for name in peers_for(setting):
-        model = setting.build()
-        PEERS[name](model, setting)
-        steps[name] = stepper(torch.compile(model) if compiled else model, setting.inputs())
+    for name in peers_for(setting, compiled=compiled):
+        steps[name] = stepper(prepare(name, setting.build(), setting, compiled=compiled), setting.inputs())
         steps[name]()
     times = interleave(steps, rounds_wanted(20))
     benchmark.pedantic(steps["routed"], rounds=1)
