@@ -16,11 +16,14 @@ from ltd_fx.install import (
     RouteSpec,
     Settings,
     VerifyReport,
+    adopt,
     attach,
     check_free,
     complete,
     find_rewrite,
     find_rewrite_maybe,
+    flattened,
+    is_unflattened,
     outlined,
     uninstall,
 )
@@ -39,7 +42,7 @@ from ltd_fx.ops import register_inductor_decompositions
 from ltd_fx.prove import prove
 from ltd_fx.runtime import Protect
 from ltd_fx.schedule import LTDScheduler
-from ltd_fx.torch_private import ORIG_MOD
+from ltd_fx.torch_private import ORIG_MOD, pytree
 from ltd_fx.weights import held_by
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,17 +115,23 @@ def transform(
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
     settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
     settings.check(scheduler)
-    chosen = settings.choose(model)
-    check_free(model, chosen)
-    state = settings.state(model, chosen, scheduler)
-    register_inductor_decompositions()
-    flat = flat_layers(model, layers)
     inputs = None if example_inputs is None else split_inputs(example_inputs)
+    root: nn.Module = model
+    if is_unflattened(model):
+        root = flattened(model)
+        inputs = inputs and (tuple(pytree.tree_leaves(inputs)), {})
+    chosen = settings.choose(root)
+    check_free(root, chosen)
+    state = settings.state(root, chosen, scheduler)
+    register_inductor_decompositions()
+    flat = flat_layers(root, layers)
     if flat and inputs is None:
-        assert isinstance(model, fx.GraphModule)
-        inputs = traced_inputs(model)
-    with outlined(model, {layer.name: flat[layer.name] for layer in chosen if flat and layer.routed}) as done:
-        attach(model, chosen, state, inputs, done)
+        assert isinstance(root, fx.GraphModule)
+        inputs = traced_inputs(root)
+    with outlined(root, {layer.name: flat[layer.name] for layer in chosen if flat and layer.routed}) as done:
+        attach(root, chosen, state, inputs, done)
+    if root is not model:
+        adopt(model, root)
     return model
 
 

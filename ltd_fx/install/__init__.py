@@ -11,3 +11,4 @@ from ltd_fx.install.in_place import Rewrite, find_rewrite, find_rewrite_maybe, f
 from ltd_fx.install.outlined import outlined
 from ltd_fx.install.report import RewriteReport, VerifyReport
 from ltd_fx.install.settings import Settings
+from ltd_fx.install.unflattened import adopt, flattened, is_unflattened

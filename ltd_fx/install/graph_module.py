@@ -46,9 +46,15 @@ def unroute_graph(model: fx.GraphModule, original: fx.Graph) -> None:
     """Undo :func:`route_graph`."""
     for name in [name for name in model.__dict__ if name.startswith(SITE)]:
         delattr(model, name)
-    for method in _METHODS:
-        delattr(type(model), method)
+    leave_methods(model)
     model.graph = original
+
+
+def leave_methods(model: fx.GraphModule) -> None:
+    """Have the module be copied as any other again."""
+    for method in _METHODS:
+        if method in vars(type(model)):
+            delattr(type(model), method)
 
 
 def put_site(model: nn.Module, place: int, site: Site) -> None:

@@ -17,6 +17,7 @@ from ltd_fx.install.hooks import REWRITE, watch_routes
 from ltd_fx.install.outlined import Outlined, inline_layers
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
+from ltd_fx.install.unflattened import Unflattened, give_back
 from ltd_fx.learn import CallSite, layer_in
 from ltd_fx.passes import SCRIPTING, RoutedLayer, as_they_were, check_calls, routed_class, swap_back, swap_class
 from ltd_fx.prove import Examination
@@ -43,6 +44,7 @@ class Rewrite:
     forms: set[Any] = field(default_factory=set)  # The forms of arguments that the layers were examined with.
     original: fx.Graph | None = None  # The graph that an fx.GraphModule had, with one call_module a layer.
     outlined: Outlined | None = None  # How that came of a flat one.
+    unflattened: Unflattened | None = None  # What that was made of, where the root is no fx.GraphModule itself.
     absent: frozenset[str] = frozenset()  # Routed layers that this graph does not call: another one of the model does.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
@@ -78,8 +80,9 @@ class Rewrite:
 
 def _graph_of(root: nn.Module, site: Site) -> fx.Graph:
     if site.in_graph:
-        assert isinstance(root, fx.GraphModule)
-        return root.graph
+        graph: Any = root.graph
+        assert isinstance(graph, fx.Graph)
+        return graph
     assert isinstance(site.layer, RoutedLayer)
     return site.layer._ltd_graph
 
@@ -239,10 +242,12 @@ def uninstall(model: nn.Module) -> None:
     """Undo :func:`install`."""
     root, done = find_rewrite(model)
     if done.original is not None:
-        assert isinstance(root, fx.GraphModule)
-        unroute_graph(root, done.original)
+        holder: Any = root if done.unflattened is None else root.graph_module
+        unroute_graph(holder, done.original)
         if done.outlined is not None:
-            inline_layers(root, done.outlined)
+            inline_layers(holder, done.outlined)
+        if done.unflattened is not None:
+            give_back(root, done.unflattened)
     else:
         for site in done.sites:
             swap_back(site.layer)

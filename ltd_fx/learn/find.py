@@ -49,10 +49,6 @@ def flat_layers(model: nn.Module, layers: Layers) -> dict[str, type[nn.Module]]:
     Raises:
         LTDError: as :func:`find_layers`.
     """
-    if type(model).__name__ == "UnflattenedModule":  # known by name: its module takes long to import
-        raise LTDError(
-            "ltd_fx: a module from torch.export.unflatten runs its graphs by itself; transform program.module() instead"
-        )
     if not isinstance(model, fx.GraphModule):
         return {}
     called = {node.target for node in model.graph.nodes if node.op == "call_module"}
