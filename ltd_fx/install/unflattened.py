@@ -1,5 +1,6 @@
 """A module of ``torch.export.unflatten``: its graphs, one a module, made one that is routed as a flat graph is."""
 
+import operator
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -26,7 +27,7 @@ def flattened(model: nn.Module) -> fx.GraphModule:
     """One flat graph that computes what ``model`` does from its flat arguments, with the very same weights."""
     flat = fx.Graph()
     root: Any = model
-    copies = {node: flat.node_copy(node) for node in root.graph.find_nodes(op="placeholder")}
+    copies: dict[fx.Node, Any] = {node: flat.node_copy(node) for node in root.graph.find_nodes(op="placeholder")}
     flat.output(_inline(root, "", flat, copies))
     flat.lint()
     made = fx.GraphModule(model, flat, type(model).__name__)
@@ -34,7 +35,7 @@ def flattened(model: nn.Module) -> fx.GraphModule:
     return made
 
 
-def _inline(module: Any, path: str, flat: fx.Graph, copies: dict[fx.Node, fx.Node]) -> Any:
+def _inline(module: Any, path: str, flat: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
     """Copy the module's nodes, and those of the modules that it calls; returns what it returns."""
 
     def copied(value: Any) -> Any:
@@ -48,6 +49,8 @@ def _inline(module: Any, path: str, flat: fx.Graph, copies: dict[fx.Node, fx.Nod
             given = [copied(value) for value in node.args] + [copied(node.kwargs[name]) for name in node.kwargs]
             inner = dict(zip(called.graph.find_nodes(op="placeholder"), given, strict=True))
             copies[node] = _inline(called, f"{path}{node.target}.", flat, inner)
+        elif node.target is operator.getitem and isinstance(copies[node.args[0]], (tuple, list)):
+            copies[node] = copies[node.args[0]][node.args[1]]  # Of several results of such a module.
         elif node not in copies:
             copies[node] = flat.node_copy(node, copies.__getitem__)
             if node.op in ("get_attr", "call_module"):

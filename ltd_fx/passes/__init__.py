@@ -10,7 +10,8 @@ from ltd_fx.passes.graph_pass import GraphPass, inductor_pass
 from ltd_fx.passes.kept import kept_arguments
 from ltd_fx.passes.locate import Target, locate
 from ltd_fx.passes.mark import mark
-from ltd_fx.passes.outline import outline, put_layers, put_module
+from ltd_fx.passes.outline import outline
+from ltd_fx.passes.put import put_layers, put_module
 from ltd_fx.passes.rewrite import check_calls, rewrite
 from ltd_fx.passes.route import route
 from ltd_fx.passes.routed_layer import (

@@ -10,18 +10,17 @@ Sizes are computed anew within, from what the layer is given, so that they are t
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn import calls_of
 from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import VALUES
-from ltd_fx.torch_private import ASSERT_SCALAR, share_contents
+from ltd_fx.torch_private import ASSERT_SCALAR
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
 _SIZES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default}
@@ -43,54 +42,28 @@ def outline(graph: fx.Graph, *, names: Sequence[str]) -> dict[str, fx.Graph]:
         LTDError: a layer is never called; the nodes of a call have several results, or are not those of the others;
             discard the graph then.
     """
+    _hoist_sizes(graph, names)
     return {name: _outline_layer(graph, name) for name in names}
 
 
-def put_layers(
-    model: fx.GraphModule, graphs: Mapping[str, fx.Graph], classes: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, nn.Module | None]:
-    """Give ``model`` the modules that its graph calls once :func:`outline` has changed it.
-
-    Their weights stay where they are: names and ``state_dict`` keys are as they were.
-
-    Args:
-        model: the root.
-        graphs: of the layers, by name.
-        classes: what to call theirs.
-
-    Returns:
-        What was in the places of the layers: modules that hold their weights; ``None`` where there was none.
-    """
-    holders = {name: _holder_maybe(model, name) for name in graphs}
-    for name, graph in graphs.items():
-        holder = holders[name]
-        layer = fx.GraphModule(nn.Module() if holder is None else holder, graph, classes.get(name, "GraphModule"))
-        if holder is not None:  # All of it, also what the layer does not use.
-            share_contents(layer, holder)
-        layer.training = model.training
-        put_module(model, name, layer)
-    return holders
-
-
-def _holder_maybe(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def put_module(model: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Set or, with ``None``, take away the submodule ``name``."""
-    *holders, last = name.split(".")
-    holder = model
-    for part in holders:
-        if part not in dict(holder.named_children()):
-            holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
-    if module is None:
-        delattr(holder, last)
-    else:
-        holder.add_module(last, module)
+def _hoist_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Take sizes that are read off a layer's tensors, and used outside of it, from tensors before all layers."""
+    owner = {node: (name, i) for name in names for i, call in enumerate(calls_of(graph, name)) for node in call}
+    before: dict[Any, tuple[fx.Node, int]] = {}
+    last = next(reversed(graph.find_nodes(op="placeholder")), None)
+    for node in [*graph.nodes]:
+        value = _value(node)
+        if node not in owner and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                before.setdefault(_expr(size), (node, dim))
+        elif node.target is torch.ops.aten.sym_size.int and isinstance(value, torch.SymInt):
+            home = owner.get(node.args[0])
+            if home is not None and _expr(value) in before and any(owner.get(user) != home for user in node.users):
+                given, dim = before[_expr(value)]
+                with graph.inserting_after(last if given.op == "placeholder" else given):
+                    outside = graph.call_function(torch.ops.aten.sym_size.int, (given, dim))
+                outside.meta = {key: value for key, value in node.meta.items() if key in VALUES}
+                node.replace_all_uses_with(outside)
 
 
 def _outline_layer(graph: fx.Graph, name: str) -> fx.Graph:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim, export, unflatten
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ltd_fx
 
@@ -76,25 +77,30 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Te
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+WAYS = ("export", "strict export", "unflatten")
+MODELS = [
+    (llama, text, text_sizes, (24, 32, 9)),
+    (gpt2, text, text_sizes, (24, 32, 9)),
+    (bert, text, text_sizes, (24, 32, 9)),
+    (vit, image, image_sizes, (6, 5, 3)),
+]
+
+
+def traced(way: str, model: nn.Module, inputs: dict[str, Any], sizes: dict[str, Any]) -> nn.Module:
+    program = export(model, (), inputs, dynamic_shapes=sizes, strict=way == "strict export")
+    return unflatten(program) if way == "unflatten" else program.module()
+
+
 @pytest.mark.compat("transformers")
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("make", "inputs", "sizes", "lengths"),
-    [
-        (llama, text, text_sizes, (24, 32, 9)),
-        (gpt2, text, text_sizes, (24, 32, 9)),
-        (bert, text, text_sizes, (24, 32, 9)),
-        (vit, image, image_sizes, (6, 5, 3)),
-    ],
-)
+@pytest.mark.parametrize("way", ["export", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])])
+@pytest.mark.parametrize(("make", "inputs", "sizes", "lengths"), MODELS)
 def test_an_exported_model_trains_as_the_model_does(
-    make: Any, inputs: Any, sizes: Any, lengths: tuple[int, ...], strict: bool
+    make: Any, inputs: Any, sizes: Any, lengths: tuple[int, ...], way: str
 ) -> None:
     torch.manual_seed(0)
     model = make().train()
-    program = export(model, (), inputs(lengths[0]), dynamic_shapes=sizes(), strict=strict)
-    exported, keys = program.module(), list(program.module().state_dict())
-    model = copy.deepcopy(model)
+    exported = traced(way, model, inputs(lengths[0]), sizes())
+    keys, model = list(exported.state_dict()), copy.deepcopy(model)
     ltd_fx.transform(model, example_inputs=inputs(lengths[0]))
     ltd_fx.transform(exported, example_inputs=inputs(lengths[0]))
     assert [site.status for site in ltd_fx.summary(exported).sites[1:-1]] == ["proven"] * (LAYERS - 2)
@@ -108,3 +114,38 @@ def test_an_exported_model_trains_as_the_model_does(
         assert [name.rpartition(".")[2] for name in drawn] == ["1", "2"]
     assert list(exported.state_dict()) == keys
     assert list(ltd_fx.clean_state_dict(exported)) == keys
+
+
+@pytest.mark.compat("transformers")
+@pytest.mark.parametrize(
+    ("make", "inputs", "sizes", "lengths"), [MODELS[2], *(pytest.param(*m, marks=pytest.mark.slow) for m in MODELS)]
+)
+def test_a_model_of_make_fx_trains_as_the_model_does(
+    make: Any, inputs: Any, sizes: Any, lengths: tuple[int, ...]
+) -> None:
+    """Its parameters are the model's, by names of its own; sizes are read off tensors of other layers."""
+    torch.manual_seed(0)
+    model, others = make().train(), {k: v for k, v in inputs(lengths[0]).items() if not isinstance(v, Tensor)}
+    names = [name for name in inputs(lengths[0]) if name not in others]
+
+    def run(*given: Tensor) -> Tensor:
+        logits: Tensor = model(**dict(zip(names, given, strict=True)), **others).logits
+        return logits
+
+    def tensors(length: int) -> list[Tensor]:
+        return [inputs(length)[name] for name in names]
+
+    run._orig_mod = model  # type: ignore[attr-defined]
+    how = {"tracing_mode": "symbolic", "pre_dispatch": True, "record_module_stack": True}
+    graph = make_fx(run, _allow_non_fake_inputs=True, **how)(*tensors(lengths[0]))
+    twin = ltd_fx.transform(copy.deepcopy(model), example_inputs=inputs(lengths[0]))
+    ltd_fx.transform(graph)
+    assert [site.status for site in ltd_fx.summary(graph).sites[1:-1]] == ["proven"] * (LAYERS - 2)
+    for length in lengths:
+        loss, grads = step(twin, inputs(length))
+        model.zero_grad()
+        other = graph(*tensors(length)).float().pow(2).mean()
+        other.backward()
+        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
+        own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(own, grads, rtol=1e-5, atol=1e-7)

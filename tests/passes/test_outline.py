@@ -217,7 +217,8 @@ def test_a_whole_schedule_is_two_graphs(way: str) -> None:
     model, scheduler = WAYS[way](Net().train()), LTDScheduler(4, LENGTH, 20, multiple_of=1)
     ltd_fx.transform(model, scheduler, layers=Block, example_inputs=(words(LENGTH),))
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    whole = way != "unflatten"  # which has torch.compile leave its arguments alone
+    compiled = torch.compile(model, backend=counter, fullgraph=whole)
     for number in range(0, 24, 2):
         steps = []
         for each in (compiled, model):
