@@ -1,5 +1,6 @@
 """``torch.compile(model, backend=ltd_fx.backend(...))``: the graphs that Dynamo captures are routed, not the model."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -44,7 +45,11 @@ class Backend:
             return partial(_fail, error)  # Dynamo would wrap it in an error of its own.
         if routed is not None:
             return routed
-        dense: Compiled = backend_named(self._inner)(graph, inputs, **options)
+        dense: Compiled = (
+            torch.compile(fx.GraphModule(graph, copy.deepcopy(graph.graph)), backend=self._inner, **options)
+            if options  # which are torch.compile's, and no backend's
+            else backend_named(self._inner)(graph, inputs)
+        )
         return dense
 
     @property

@@ -75,11 +75,9 @@ def weight_of(placeholder: fx.Node) -> re.Match[str] | None:
 
 
 def _callers() -> Iterator[nn.Module]:
-    seen: set[int] = set()
     frame = inspect.currentframe()
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nn.Module) and id(caller) not in seen:
-            seen.add(id(caller))
-            yield caller
+        # Of no other frame: to look at its locals would keep them until it ends, whatever it deletes before.
+        if frame.f_code is nn.Module.__call__.__code__:
+            yield frame.f_locals["self"]
         frame = frame.f_back

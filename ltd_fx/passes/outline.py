@@ -197,9 +197,14 @@ class _Call:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether it is a layer's own: no size, which is computed where it is needed, nor a check of one."""
+    """Whether it is a layer's own: no size, which is computed where it is needed, nor a check of one, nor a number."""
     called = node.op in ("call_function", "call_method", "call_module")
-    return called and not _is_size(node) and node.target is not ASSERT_SCALAR
+    return called and not _is_size(node) and node.target is not ASSERT_SCALAR and not _is_number(node)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a Python number that the graph is given, which Dynamo passes as a tensor (``dynamic=True``)."""
+    return node.target == "item" and all(given.op == "placeholder" for given in node.all_input_nodes)
 
 
 def _is_size(node: fx.Node) -> bool:

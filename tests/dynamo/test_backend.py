@@ -163,7 +163,7 @@ def test_frozen_layers_are_dense() -> None:
     torch.testing.assert_close(step(run, model, LENGTH), step(twin, twin, LENGTH))
 
 
-def test_weights_may_be_replaced_and_are_not_held() -> None:
+def test_weights_may_be_replaced() -> None:
     model, twin, schedulers = both()
     run = whole(model, ltd_fx.backend(schedulers[0], inner="aot_eager"))
     step(run, model, LENGTH)
