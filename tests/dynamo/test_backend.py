@@ -14,6 +14,10 @@ import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def step(run: Callable[..., Any], model: nn.Module, length: int) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = run(words(length)).pow(2).mean()
@@ -73,7 +77,7 @@ def assert_trains_alike(run: Any, model: nn.Module, twin: nn.Module, backend: An
     assert schedulers[0].consumed_layer_tokens == schedulers[1].consumed_layer_tokens
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in ("whole", "layers") else slow(way) for way in WAYS])
 def test_it_trains_as_the_transformed_model_does(way: str) -> None:
     model, twin, schedulers = both()
     counter = CompileCounterWithBackend("aot_eager")
@@ -93,14 +97,14 @@ def test_it_trains_as_the_transformed_model_does(way: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"seed": 3},
-        {"sampling": "shared"},
-        {"skip_first": 0, "skip_last": 2},
-        {"protect": 4},
-        {"protect": lambda positions: positions % 5 == 0},
+        slow({"seed": 3}),
+        slow({"sampling": "shared"}),
+        slow({"skip_first": 0, "skip_last": 2}),
+        slow({"protect": 4}),
+        slow({"protect": lambda positions: positions % 5 == 0}),
         {"routes": [(1, 2, 0.5)]},
-        {"keep": {"layers.1": 0.25}},
-        {"layers": r"layers\.[123]"},
+        slow({"keep": {"layers.1": 0.25}}),
+        slow({"layers": r"layers\.[123]"}),
     ],
     ids=["seed", "shared", "skipped", "protect", "protect by function", "routes", "keep", "layers"],
 )
@@ -141,6 +145,7 @@ def test_eval_is_the_models_own_even_where_it_never_asks_for_the_mode() -> None:
     torch.testing.assert_close(step(run, model, LENGTH), step(twin, twin, LENGTH))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_seen_in_eval_first_is_routed_later() -> None:
     model, twin, schedulers = both()
     model.eval()
@@ -151,6 +156,7 @@ def test_a_model_that_is_seen_in_eval_first_is_routed_later() -> None:
     assert_trains_alike(run, model, twin, backend, schedulers)
 
 
+@pytest.mark.slow
 def test_frozen_layers_are_dense() -> None:
     model, twin, schedulers = both()
     backend = ltd_fx.backend(schedulers[0], inner="aot_eager")
@@ -198,7 +204,7 @@ class Masked(Net):
         return super().forward(ids) * (1 if attention_mask is None else attention_mask[..., None])
 
 
-@pytest.mark.parametrize("keyword", [True, False])
+@pytest.mark.parametrize("keyword", [True, slow(False)])
 def test_padding_is_dropped_first(keyword: bool) -> None:
     torch.manual_seed(0)
     model = Masked().train()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nets import HEADS, LENGTH, Block, D, Net, words
-from test_backend import step, whole
+from test_backend import slow, step, whole
 from torch import Tensor, nn
 
 import ltd_fx
@@ -45,7 +45,7 @@ class BrokenLoop(Net):
         return self.head(x)
 
 
-@pytest.mark.parametrize("make", [TwoHalves, BrokenLoop])
+@pytest.mark.parametrize("make", [slow(TwoHalves), BrokenLoop])
 def test_a_forward_of_several_graphs_draws_as_one(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().train()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import HEADS, LENGTH, D, Net, words
-from test_backend import whole
+from test_backend import slow, whole
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -38,12 +38,12 @@ def streams(batch: int, length: int) -> Tensor:
     return torch.randn(batch, length, D)
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", [None, slow(True), slow(False)])
 @pytest.mark.parametrize(
     ("make", "inputs", "sizes"),
     [
         (Net, ids, [(9, 9), (3, 9), (9, 12)]),
-        (Net, ids, [(1, 20), (2, 20), (1, 16)]),
+        pytest.param(Net, ids, [(1, 20), (2, 20), (1, 16)], marks=pytest.mark.slow),
         (Streams, streams, [(3, D), (D, D), (2, 12)]),
     ],
     ids=["batch is length", "one sequence", "length is width"],
@@ -88,6 +88,7 @@ def test_options_reach_the_inner_backend(options: dict[str, Any]) -> None:
     torch.testing.assert_close(run(words(LENGTH)), twin.eval()(words(LENGTH)))
 
 
+@pytest.mark.slow
 def test_recompiles_of_the_program_keep_the_draws() -> None:
     """A graph for each form of the arguments, one sequence of draws."""
 

@@ -23,6 +23,7 @@ from ltd_fx import LTDError, LTDScheduler
 from ltd_fx.huggingface import LTDCallback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [encoder, llama])
 @on_ranks(2)
 def test_ddp(build: Any) -> None:
@@ -74,6 +75,7 @@ def compiled_trainer(folder: Path, scheduler: LTDScheduler) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.compat("transformers")
 def test_trainer(tmp_path: Path) -> None:
     """The losses of the transformed model, to rounding; a checkpoint is the plain model's, and resumes."""

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ltd_fx
 from ltd_fx import LTDScheduler
 
-FOUR = [(llama, text, (24, 32, 9)), (gpt2, text, (24, 32, 9)), (bert, text, (24, 32, 9)), (vit, image, (6, 5, 3))]
+OTHERS = [(gpt2, text, (24, 32, 9)), (bert, text, (24, 32, 9)), (vit, image, (6, 5, 3))]
+FOUR = [(llama, text, (24, 32, 9)), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
 
 
 @pytest.mark.compat("transformers")
@@ -40,7 +41,8 @@ def test_a_model_trains_as_the_transformed_one_does(
     assert [site.status for site in ltd_fx.summary(backend).sites if site.routed] == ["proven"] * (LAYERS - 2)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_61_lengths_are_two_graphs(inner: str) -> None:
     model, scheduler = llama().train(), LTDScheduler(4, 64, 60)
     counter = CompileCounterWithBackend(inner)
@@ -54,6 +56,7 @@ def test_61_lengths_are_two_graphs(inner: str) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["autocast", "dropout", "checkpointing"])
 def test_what_trainers_add(name: str) -> None:
     """In bfloat16, with dropout, and with activation checkpointing inside the layers' calls."""
