@@ -93,7 +93,7 @@ class Captured:
         return None
 
     def argument(self, name: str | None, inputs: Sequence[Any]) -> Any:
-        """That of ``inputs`` which is the frame's argument ``name``; ``None`` where there is none."""
+        """That of ``inputs`` which is an argument of the frame, or an item of one, called ``name``; or ``None``."""
         place = self._arguments.get(name or "")
         return None if place is None else inputs[place]
 

@@ -100,6 +100,7 @@ class Backend:
             called = [name for name in called if name in program.numbers]
             if not called:
                 return None
+        _refuse_unknown_mask(program, captured, inputs, origin)
         self._see_lengths(captured, inputs, called)
         compiler = partial(torch.compile, backend=self._inner, fullgraph=True, dynamic=True, **options)
         if own is None:
@@ -176,6 +177,20 @@ def _is_dynamic(graph: fx.Graph, name: str) -> bool:
             symbols = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
             return len(symbols) == 2 or (len(symbols) == 1 and 1 in sizes)
     return True
+
+
+def _refuse_unknown_mask(program: Program, captured: Captured, inputs: Sequence[Any], origin: Origin) -> None:
+    """Raise :class:`LTDError` where the draws need an argument of the model, and the graph may go without it."""
+    if program.protect is None or captured.argument(program.protect, inputs) is not None:
+        return
+    local = origin.frame.scope["L"]
+    named = {**local.get("kwargs", {}), **local}.get(program.protect)
+    whole = any(root is program.model for root in origin.roots.values()) and not origin.frame.resumed
+    if not whole or named is not None or len(local.get("args", ())) > 1:
+        raise LTDError(
+            f"ltd_fx.backend: protect={program.protect!r} names an argument of the {program.state.root} that the graph "
+            "of its layers is not given; pass it by its name, and compile the model whole"
+        )
 
 
 def _refuse_breaks(program: Program, origin: Origin, names: dict[nn.Module, str], own: str | None) -> None:

@@ -224,3 +224,31 @@ def test_a_transformed_model_is_refused() -> None:
     model = ltd_fx.transform(Net().train(), example_inputs=(words(LENGTH),))
     with pytest.raises(LTDError, match="transformed already"):
         broken(model, ltd_fx.backend(inner="aot_eager", layers=Block))(words(LENGTH))
+
+
+class Masked(Net):
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(ids)  # It does not use the mask.
+
+
+class Passed(Net):
+    """As decorators make it, which hand on ``*args``."""
+
+    def forward(self, *args: Any, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(args[0]) * (args[1] if len(args) > 1 else 1)
+
+
+def test_a_mask_that_the_graph_is_not_given_is_refused() -> None:
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    for compiled, make, given in (
+        (whole, Masked, {"attention_mask": mask}),
+        (lambda model, backend: ltd_fx.compile_layers(model, backend=backend), Masked, {"attention_mask": mask}),
+    ):
+        run = compiled(make().train(), ltd_fx.backend(inner="aot_eager", protect="attention_mask"))
+        with pytest.raises(LTDError, match="protect='attention_mask' names an argument"):
+            run(words(LENGTH), **given)
+    run = whole(Masked().train(), ltd_fx.backend(inner="aot_eager", protect="attention_mask"))
+    run(words(LENGTH))  # Nothing is padded.
+    run = whole(Passed().train(), ltd_fx.backend(inner="aot_eager", protect="attention_mask"))
+    with pytest.raises(LTDError, match="pass it by its name"):
+        run(words(LENGTH), torch.ones(3, LENGTH, 1))
