@@ -1,6 +1,7 @@
 """A small decoder whose layers take a rotary table and a mask, for tests of traced graphs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,3 +41,18 @@ class Net(nn.Module):
 
 def words(length: int) -> Tensor:
     return torch.randint(0, WORDS, (3, length), generator=torch.Generator().manual_seed(length))
+
+
+class TwoResults(Block):
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Any:
+        made = super().forward(x, rope, mask)
+        return made, made.mean()
+
+
+class TakesBoth(Net):
+    def forward(self, ids: Tensor) -> Tensor:
+        x, total = self.embed(ids), torch.zeros(())
+        for layer in self.layers:
+            x, mean = layer(x, torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+            total = total + mean
+        return self.head(x) + total

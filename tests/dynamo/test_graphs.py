@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import HEADS, LENGTH, Block, D, Net, words
+from nets import HEADS, LENGTH, Block, D, Net, TakesBoth, TwoResults, words
 from test_backend import slow, step, whole
 from torch import Tensor, nn
 
@@ -97,21 +97,6 @@ class WritesIntoItsInput(Block):
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
         x.add_(1)  # here
         return super().forward(x, rope, mask)
-
-
-class TwoResults(Block):
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Any:
-        made = super().forward(x, rope, mask)
-        return made, made.mean()
-
-
-class TakesBoth(Net):
-    def forward(self, ids: Tensor) -> Tensor:
-        x, total = self.embed(ids), torch.zeros(())
-        for layer in self.layers:
-            x, mean = layer(x, torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool))
-            total = total + mean
-        return self.head(x) + total
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import LENGTH, Block, D, Net, words
+from nets import LENGTH, Block, D, Net, TakesBoth, TwoResults, words
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export, unflatten
@@ -158,21 +158,6 @@ def test_layers_that_are_called_again(way: str, in_a_row: bool) -> None:
     drawn = ltd_fx.sampled_indices(traced)
     assert list(drawn) == ["layers.1", "layers.1#1", "layers.2", "layers.2#1"]
     torch.testing.assert_close(drawn, ltd_fx.sampled_indices(model), rtol=0, atol=0)
-
-
-class TwoResults(Block):
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Any:
-        made = super().forward(x, rope, mask)
-        return made, made.mean()
-
-
-class TakesBoth(Net):
-    def forward(self, ids: Tensor) -> Tensor:
-        x, total = self.embed(ids), torch.zeros(())
-        for layer in self.layers:
-            x, mean = layer(x, torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool))
-            total = total + mean
-        return self.head(x) + total
 
 
 def test_what_cannot_be_a_layer_is_refused() -> None:
