@@ -7,6 +7,7 @@ Dynamo's graph takes the weights as inputs, its sizes too, and names modules by 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ class Captured:
                 self._copies[node].meta = {**node.meta, _STACK: entries.of(node)}
         self._flat.lint()
         held = {name: inputs[place] for name, place in self.weights.items()}
-        calls = {name: _attribute(graph, name) for name in _targets(self._flat) if name not in held}
+        calls = {name: attrgetter(name)(graph) for name in _targets(self._flat) if name not in held}
         self.module = fx.GraphModule({**held, **calls}, self._flat)
+        del self._copies, self._flat  # Dynamo's own nodes are among them.
         self._holders = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in held}
         self._bind(dict.fromkeys(held))
 
@@ -141,9 +143,3 @@ def _name_maybe(node: fx.Node, origin: Origin, names: Mapping[nn.Module, str]) -
 
 def _targets(graph: fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module

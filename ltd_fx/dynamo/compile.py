@@ -136,9 +136,11 @@ def backend(
     """For ``torch.compile(model, backend=ltd_fx.backend(scheduler))``: the model is routed as it is compiled.
 
     The model is not touched: no class, no attribute, no hook. Each graph that Dynamo captures of it in training is
-    proven, rewritten, and handed to ``inner``; a whole schedule has two graphs, one routed and one dense, and both are
-    of any batch size and length. The same seed draws as :func:`ltd_fx.transform` does. In eval mode ``inner`` is given
-    the graph as it is. :func:`ltd_fx.summary` and :func:`ltd_fx.sampled_indices` take the backend for the model.
+    proven or tested as in ``transform`` (or refused), rewritten, and handed to ``inner``. With ``fullgraph=True`` a
+    whole schedule has two graphs, one routed and one dense, both of any length and any batch of two or more. The same
+    seed draws as :func:`ltd_fx.transform` does. In eval mode ``inner`` is given the graph as it is. A registered
+    ``LayerPattern`` is not used: how a graph's layers are called is its own way. :func:`ltd_fx.summary` and
+    :func:`ltd_fx.sampled_indices` take the backend for the model.
 
     Args:
         scheduler: gives the reserved length; ``None`` keeps half of the tokens, always.
@@ -184,9 +186,11 @@ def _refuse_unknown_mask(program: Program, captured: Captured, inputs: Sequence[
     if program.protect is None or captured.argument(program.protect, inputs) is not None:
         return
     local = origin.frame.scope["L"]
-    named = {**local.get("kwargs", {}), **local}.get(program.protect)
+    args, kwargs = local.get("args"), local.get("kwargs")
+    named = local.get(program.protect, kwargs.get(program.protect) if isinstance(kwargs, dict) else None)
+    unnamed = isinstance(args, tuple) and len(args) > 1  # The first may be the model itself.
     whole = any(root is program.model for root in origin.roots.values()) and not origin.frame.resumed
-    if not whole or named is not None or len(local.get("args", ())) > 1:
+    if not whole or named is not None or unnamed:
         raise LTDError(
             f"ltd_fx.backend: protect={program.protect!r} names an argument of the {program.state.root} that the graph "
             "of its layers is not given; pass it by its name, and compile the model whole"

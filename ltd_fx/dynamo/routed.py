@@ -1,5 +1,6 @@
 """What runs in place of a graph that Dynamo captured."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from ltd_fx.runtime import Site
 Compiler = Callable[[nn.Module], Callable[..., Any]]
 
 
-class _Routed:
+class _Routed(ABC):
     """A graph of a program, rewritten when it runs first: it is proven with the numbers that it is given then."""
 
     def __init__(self, program: Program, captured: Captured, compiler: Compiler) -> None:
@@ -38,12 +39,13 @@ class _Routed:
             finally:
                 program.state.end_forward()
 
+    @abstractmethod
     def _rewrite(self, given: list[Any]) -> None:
-        raise NotImplementedError
+        """Rewrite the captured graph; ``given`` is what it takes."""
 
+    @abstractmethod
     def _enter(self, inputs: Sequence[Any]) -> Mapping[str, Site]:
         """The sites, by layer, of those that run with these inputs."""
-        raise NotImplementedError
 
 
 class RoutedGraph(_Routed):
@@ -95,20 +97,18 @@ class RoutedLayers(_Routed):
             )
         self._place, self._weight = captured.weights[first], first.removeprefix(name + ".")
         self._sites: dict[str, Site] = {}
+        self._found: CallSite
 
     def _rewrite(self, given: list[Any]) -> None:
         program = self._program
         own = replace(program.layers[self._name], routed=True, reason="", share=None, pattern=None, vouched=False)
         rewrite = _rewritten(program, self._captured, [own], frozenset(), given)
-        (found,) = rewrite.routed
+        (self._found,) = rewrite.routed
         layer = self._captured.module.get_submodule(self._name)
         for name, known in program.layers.items():
             if known.routed:
                 length = program.state.lengths[known.share]
                 self._sites[name] = Site(name, program.numbers[name], layer, program.state, length, in_graph=True)
-                if type(program.model.get_submodule(name)) is type(program.model.get_submodule(self._name)):
-                    proof = found.proof and replace(found.proof, name=name)
-                    program.layers[name] = replace(known, pattern=found.pattern, vouched=False, proof=proof)
 
     def _enter(self, inputs: Sequence[Any]) -> Mapping[str, Site]:
         weight, module = inputs[self._place], self._captured.module
@@ -120,6 +120,10 @@ class RoutedLayers(_Routed):
         if site is None:
             return {}
         put_site(module, 0, site)
+        if self._program.sites.get(name) is not site:  # What is shown of this graph is shown of a layer that runs it.
+            proof = self._found.proof and replace(self._found.proof, name=name)
+            known = self._program.layers[name]
+            self._program.layers[name] = replace(known, pattern=self._found.pattern, vouched=False, proof=proof)
         return {name: site}
 
 

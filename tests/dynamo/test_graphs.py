@@ -237,3 +237,19 @@ def test_a_mask_that_the_graph_is_not_given_is_refused() -> None:
     run = whole(Passed().train(), ltd_fx.backend(inner="aot_eager", protect="attention_mask"))
     with pytest.raises(LTDError, match="pass it by its name"):
         run(words(LENGTH), torch.ones(3, LENGTH, 1))
+
+
+def test_what_is_shown_of_a_layer_is_not_said_of_another_kind_of_its_class() -> None:
+    class Kinds(Block):
+        mixes = False
+
+        def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+            made = super().forward(x, rope, mask)
+            return made + x.roll(1, 1) if self.mixes else made
+
+    model, backend = Net(Kinds).train(), ltd_fx.backend(inner="aot_eager")
+    model.layers[2].mixes = True
+    run = ltd_fx.compile_layers(model, backend=backend, fullgraph=True)
+    with pytest.raises(LTDError, match=r"layers\.2 .*along the tokens"):
+        run(words(LENGTH))
+    assert [site.status for site in ltd_fx.summary(backend).sites if site.routed] == ["proven", "to be tested"]
