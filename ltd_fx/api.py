@@ -1,6 +1,7 @@
 """The functions a user calls on a model. They wire the other modules together, and hold no logic of their own."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -61,6 +62,7 @@ def transform(
     routes: Sequence[RouteSpec] | None = None,
     keep: Mapping[str, float] | None = None,
     device_mesh: DeviceMesh | None = None,
+    keep_mask: str | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> Model:
     """Rewrite the middle layers of ``model``, in place, to see a random subset of the tokens in training.
@@ -80,7 +82,10 @@ def transform(
         skip_first: layers left dense at the start of each stack.
         skip_last: layers left dense at the end of each stack.
         seed: of the draws.
-        sampling: ``"per_sample"``, each sequence its own tokens, or ``"shared"``, one draw for the batch.
+        sampling: ``"per_sample"``, each sequence its own tokens; ``"shared"``, one draw for the batch; or
+            ``"per_document"``, each sequence its own, and of packed rows each document its share, rounded so that the
+            sum is the reserved length. Documents are told by the model's argument ``cu_seq_lens_q``, ``seq_idx`` or
+            ``position_ids``.
         protect: tokens that are kept first: a number of first tokens (class and register tokens), which no draw drops;
             a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
             attention mask ``[B, S]``, whose padding (zero) is dropped before any real token.
@@ -97,6 +102,9 @@ def transform(
             ``cp`` and their long names draw alike. A 1-D mesh without a name is data-parallel. Rank 0
             draws as a single process does. The call is then a collective: the ranks' schedulers and seeds
             must agree (see :func:`check_ranks`).
+        keep_mask: the name of the model's argument with the tokens that every draw of a batch keeps, bool ``[B, S]``
+            (those with a loss, say). Where a sequence has more of them than the reserved length, that is longer for
+            this batch, without recompiling; an accelerator is waited for, since the number is read.
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
             are learnt from it. Without, layers are proven at the first training forward, and what is not known of
@@ -113,7 +121,7 @@ def transform(
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
     if held_by(model) == ORIG_MOD:
         raise LTDError("ltd_fx.transform: the model is compiled already; transform it first, then call torch.compile")
-    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
+    settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh, keep_mask)
     settings.check(scheduler)
     inputs = None if example_inputs is None else split_inputs(example_inputs)
     root: nn.Module = model
@@ -278,3 +286,19 @@ def sampled_indices(model: nn.Module | Backend) -> dict[str, Tensor]:
     if isinstance(model, Backend):
         return model.sampled_indices()
     return runtime.sampled_indices(find_rewrite(model)[1].sites)
+
+
+def same_draws(model: nn.Module | Backend) -> AbstractContextManager[None]:
+    """A context in which every training forward repeats the draws of the latest one before it.
+
+    For old and new log-probabilities (PPO, GRPO), a reference pass, or the two passes of GradCache: what such forwards
+    compute is compared, so they must drop the same tokens. With the same batch and weights they are equal to the bit.
+
+    Args:
+        model: transformed; or the :func:`backend` that it is compiled with.
+
+    Raises:
+        LTDError: the model is not transformed, or has seen no training forward since its scheduler stepped; or the
+            scheduler steps within the context.
+    """
+    return (model.program.state if isinstance(model, Backend) else find_rewrite(model)[1].state).same_draws()

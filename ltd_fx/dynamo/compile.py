@@ -162,6 +162,8 @@ def backend(
     Raises:
         LTDError: an argument out of range, at once; a layer that cannot be routed, at the first training forward.
     """
+    if sampling == "per_document":
+        raise LTDError("ltd_fx.backend: sampling='per_document' goes by the model's arguments; use ltd_fx.transform")
     settings = Settings(layers, skip_first, skip_last, seed, sampling, protect, routes, keep, device_mesh)
     return Backend(scheduler, inner, settings)
 

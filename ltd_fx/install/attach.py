@@ -112,7 +112,9 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "ltd_fx: layers without a LayerPattern are learnt at the first training forward, and this one is within a "
             "larger compiled program; pass example_inputs to ltd_fx.transform"
         )
-    torch.compiler.disable(install)(root, root.__dict__[REWRITE], (args, kwargs))
+    rewrite = root.__dict__[REWRITE]
+    rewrite.state.preferences.read(args, kwargs)  # What it refuses, it refuses before anything is done.
+    torch.compiler.disable(install)(root, rewrite, (args, kwargs))
 
 
 def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,6 +131,7 @@ def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _test_by(root: nn.Module, inputs: Any) -> None:
     rewrite = root.__dict__[REWRITE]
+    rewrite.state.preferences.read(*inputs)
     obstacle = _obstacle(root, inputs)
     if obstacle is None and form_of(inputs) not in rewrite.forms:
         with without_modes():  # The user's may count what a forward costs.

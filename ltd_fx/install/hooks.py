@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime import RouteState, Site, Span
-from ltd_fx.torch_private import is_functorch_wrapped_tensor, skip_code
+from ltd_fx.runtime import Batch, RouteState, Site, Span
+from ltd_fx.torch_private import skip_code
 
 REWRITE = "_ltd_rewrite"  # The root's attribute that holds its ``in_place.Rewrite``.
 
@@ -40,7 +40,7 @@ def add_forward_hooks(
     root: nn.Module, *, before: tuple[Any, ...] = (), after: tuple[Any, ...] = ()
 ) -> tuple[RemovableHandle, ...]:
     """The hooks of every transformed model; ``before`` and ``after`` come first."""
-    for called in (RouteState.begin_forward, RouteState.end_forward, Site.begin_forward, _refuse_cache):
+    for called in (*RouteState.AROUND_FORWARDS, Site.begin_forward, _refuse_cache):
         no_graph(called)
     return (
         *(add_root_hook(root, hook) for hook in (*before, _begin_forward)),
@@ -73,10 +73,9 @@ def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
         return
     rewrite = root.__dict__[REWRITE]
     rewrite.state.end_forward()
-    mask = rewrite.state.mask
-    if mask is not None and not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(mask):
-        # The mask ends with torch.func's transformation, and what was drawn by it cannot be told.
-        rewrite.state.mask = None
+    if not torch.compiler.is_compiling() and rewrite.state.batch.is_wrapped():
+        # It ends with torch.func's transformation, and what was drawn by it cannot be told.
+        rewrite.state.batch = Batch()
         for site in rewrite.sites:
             site.begin_forward()
 

@@ -59,7 +59,7 @@ class Rewrite:
 
     @property
     def untested(self) -> list[CallSite]:
-        """The layers that are routed by a built-in pattern of which nothing has shown that it is right."""
+        """The layers that are routed by a pattern of which no forward has shown whether it is right."""
         return [layer for layer in self.routed if self.sites and layer.status == "to be tested"]
 
     def report(self, root: nn.Module) -> RewriteReport:
@@ -138,17 +138,21 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
     rewrite.sites = sites
     _set_examined(rewrite, routed)
-    trusted = sorted({layer.layer_class for layer in routed if layer.status == "trusted"})
+    _warn_trusted(routed)
+
+
+def _warn_trusted(layers: Sequence[CallSite]) -> None:
+    trusted = sorted({layer.layer_class for layer in layers if layer.status == "trusted"})
     if trusted:
         warnings.warn(
             f"ltd_fx: the pattern registered for {', '.join(trusted)} is trusted, for nothing has shown it right or "
-            "wrong; pass example_inputs to ltd_fx.transform, and see ltd_fx.summary(model) for why",
-            stacklevel=4,
+            "wrong; see ltd_fx.summary(model) for why",
+            stacklevel=5,
         )
 
 
 def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | None:
-    """Hold the built-in patterns that layers are routed by, without a proof, to a forward that calls these layers.
+    """Hold the known patterns that layers are routed by, without a proof, to a forward that calls these layers.
 
     Layers that it does not call, or on a few tokens or little but padding, wait for another.
 
@@ -161,7 +165,8 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | Non
         Why the forward cannot be watched; ``None`` if it can.
 
     Raises:
-        LTDError: a pattern is wrong or nothing can be shown of it; what is installed stays, and the layers untested.
+        LTDError: a pattern is wrong, or a built-in one and nothing can be shown of it; what is installed stays, and the
+            layers untested.
     """
     if rewrite.places is not None:
         rewrite.places.check(model)
@@ -181,6 +186,7 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | Non
         examination.rehearse(rewrite.sites)
     rewrite.training = rewrite.training or (bool(shown) and examination.training)
     _set_examined(rewrite, shown)
+    _warn_trusted(shown)
     if not too_short and all(layer.proof is not None for layer in shown):
         rewrite.forms.add(form_of(inputs))
     if not rewrite.untested:

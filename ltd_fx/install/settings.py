@@ -10,10 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ltd_fx.errors import LTDError
 from ltd_fx.install.choose import RouteSpec, choose
 from ltd_fx.learn import CallSite, Layers, find_stacks
-from ltd_fx.runtime import Protect, RouteState
+from ltd_fx.runtime import SAMPLING, Preferences, Protect, RouteState
 from ltd_fx.schedule import LTDScheduler
-
-_SAMPLING = ("per_sample", "shared")
 
 
 class Settings(NamedTuple):
@@ -28,11 +26,12 @@ class Settings(NamedTuple):
     routes: Sequence[RouteSpec] | None = None
     keep: Mapping[str, float] | None = None
     device_mesh: DeviceMesh | None = None
+    keep_mask: str | None = None
 
     def check(self, scheduler: LTDScheduler | None) -> None:
         """Raise :class:`LTDError` for what is wrong with any model."""
-        if self.sampling not in _SAMPLING:
-            raise LTDError(f"ltd_fx: sampling must be one of {', '.join(_SAMPLING)}, got {self.sampling!r}")
+        if self.sampling not in SAMPLING:
+            raise LTDError(f"ltd_fx: sampling must be one of {', '.join(SAMPLING)}, got {self.sampling!r}")
         for name in ("skip_first", "skip_last", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and name != "seed"):
@@ -53,7 +52,7 @@ class Settings(NamedTuple):
         """What the sites of ``layers`` share. With a mesh a collective.
 
         Raises:
-            LTDError: ``protect`` does not fit the model, or ranks differ.
+            LTDError: what is said of the tokens to keep does not fit the model, or ranks differ.
         """
         routed = [layer for layer in layers if layer.routed]
         state = RouteState(
@@ -65,7 +64,7 @@ class Settings(NamedTuple):
             shares=Counter(layer.share for layer in routed if layer.share is not None),
             mesh=self.device_mesh,
         )
-        state.set_protect(self.protect, model)
+        state.prefer(Preferences(model, self.protect, self.keep_mask, self.sampling == "per_document"))
         if self.device_mesh is not None:
             state.check_ranks()
         return state

@@ -11,6 +11,6 @@ from ltd_fx.learn.hypotheses import Learner
 from ltd_fx.learn.layer_pattern import LayerPattern, forward_signature
 from ltd_fx.learn.observe import Call, describe, is_stream, observe, observe_values, quiet, run_forward, split_inputs
 from ltd_fx.learn.patterns import align_attention_mask, find_pattern_maybe, register_pattern
-from ltd_fx.learn.probe import by_name, stream
+from ltd_fx.learn.probe import by_name, narrowed, stream
 from ltd_fx.learn.sandbox import Sandbox, tensors_in
 from ltd_fx.learn.traced import calls_of, mark_module, traced_inputs

@@ -82,7 +82,7 @@ class CallSite:
     def status(self) -> str:
         """Of a routed layer: ``"proven"``, ``"tested"``, ``"trusted"`` or, as yet, ``"to be tested"``."""
         if self.proof is None:
-            return "trusted" if self.vouched and self.pattern is not None else "to be tested"
+            return "to be tested"
         return self.proof.status if self.proof.right else "trusted"
 
     @property
@@ -110,9 +110,8 @@ class CallSite:
         if self.pattern is None:
             return "to be inferred at the first training forward"
         if self.proof is None:
-            if self.vouched:
-                return "trusted, by its LayerPattern; not checked"
-            return "built-in pattern, to be tested at the first training forward"
+            whose = "registered" if self.vouched else "built-in"
+            return f"{whose} pattern, to be tested at the first training forward"
         error = "" if self.proof.error is None else f", error {self.proof.error:.0e}"
         if self.proof.status == "proven":
             return f"proven{error}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.observe import Call, TensorSpec, is_stream
+from ltd_fx.runtime import BOUNDARIES
 from ltd_fx.torch_private import pytree
 
 # The decoder's side of an encoder-decoder, so that both lengths are told apart even where they are the same.
@@ -101,6 +102,21 @@ def batch_probes(
             edits.append(edit)
     probes = (_run(forward, inputs, calls, edit, size - 1 if size > 1 else 2, 1 - seq_dim) for edit in edits)
     return [probe for probe in probes if probe is not None]
+
+
+def narrowed(inputs: Any, lengths: list[Probe], batches: list[Probe], tokens: int | None, sequences: int) -> Any:
+    """``inputs``, as values, with at most so many tokens (``None``: all) and sequences, as probes resized them.
+
+    Boundaries of documents count the tokens of all rows: they stay right where the batch is one row.
+    """
+    flat, _ = pytree.tree_flatten_with_path(inputs)
+    given = {getattr(path[-1], "key", None) for path, _ in flat}
+    if not given.isdisjoint(BOUNDARIES) and any(probe.edit.size > 1 for probe in batches[:1]):
+        return inputs
+    most_tokens = [(probe, tokens) for probe in lengths if tokens is not None]
+    for probe, most in [*most_tokens, *((probe, sequences) for probe in batches[:1])]:
+        inputs = probe.edit.resize(inputs, min(probe.edit.size, most))
+    return inputs
 
 
 def _groupings(inputs: Any, size: int) -> Iterator[list[list[int]]]:

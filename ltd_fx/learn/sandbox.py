@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ltd_fx.errors import LTDError
 from ltd_fx.learn.hooks import computes, of_a_library
+from ltd_fx.learn.kernels import in_plain_sight
 from ltd_fx.learn.numbers import watch_number
 from ltd_fx.learn.outside import Outside
 from ltd_fx.torch_private import (
@@ -68,7 +69,8 @@ class Sandbox:
         """
         modules = list((self._model if module is None else module).modules())
         hooks = [computes if each is not module else of_a_library for each in modules]
-        with _random_state(), _autocast_cache_off(), _attributes(modules), _Writes() as writes:
+        plain = in_plain_sight(modules)
+        with plain, _random_state(), _autocast_cache_off(), _attributes(modules), _Writes() as writes:
             try:
                 for each, called in zip(modules, hooks, strict=True):
                     if not isinstance(each, torch.jit.ScriptModule):

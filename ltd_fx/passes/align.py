@@ -21,7 +21,7 @@ from torch import fx
 from ltd_fx.passes.capture import ARGS, KWARGS
 from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import LocatedCall, located_calls
-from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gather_extras
+from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gather_extras, hand_boundaries
 
 
 @GraphPass
@@ -68,11 +68,19 @@ def _alone(call: LocatedCall, name: str, value: Any) -> fx.Node:
     if name == KWARGS:
         parameters = call.signature.parameters
         extras = {key: dims for key, dims in aligned.items() if key not in parameters}
-        return call.insert(gather_extras, call.draw, value, extras)
+        return _with_boundaries(call, call.insert(gather_extras, call.draw, value, extras))
     entry = aligned.get(name)
     if callable(entry):
         return call.insert(entry, call.draw, value)
     return call.insert(gather_extra, call.draw, value, "*args" if name == ARGS else name)
+
+
+def _with_boundaries(call: LocatedCall, extras: fx.Node) -> fx.Node:
+    """Of layers that pass on whatever they are given, for kernels that else look for documents in the positions."""
+    positions, mask = (call.full.get(name) for name in ("position_ids", "attention_mask"))
+    if not isinstance(positions, fx.Node):
+        return extras
+    return call.insert(hand_boundaries, call.draw, extras, positions, mask)
 
 
 def _may_follow(call: LocatedCall, name: str, value: Any) -> bool:

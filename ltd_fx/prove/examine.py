@@ -19,6 +19,7 @@ from ltd_fx.learn import (
     describe,
     layer_in,
     likeness,
+    narrowed,
     observe,
     observe_values,
     shapes,
@@ -152,11 +153,7 @@ class Examination:
         return self._values[key][layer.name]
 
     def _observe_values(self, seq_dim: int, tokens: int | None) -> Mapping[str, Call]:
-        lengths, batches = self._learner.probes(seq_dim)
-        small = self._inputs
-        most_tokens = [(p, tokens) for p in lengths if tokens is not None]
-        for probe, most in [*most_tokens, *((p, _SEQUENCES) for p in batches[:1])]:
-            small = probe.edit.resize(small, min(probe.edit.size, most))
+        small = narrowed(self._inputs, *self._learner.probes(seq_dim), tokens, _SEQUENCES)
         slots = {name: self._slots[name] for name in self._samples.values()}
         run = partial(observe_values, self._model, slots, sandbox=self._sandbox, training=self.training)
         try:
@@ -239,10 +236,11 @@ class Examination:
                 )
             size = "" if proof.error is None else f" (relative error {proof.error:.1e})"
             size += verdict.mixes and f": {verdict.mixes}"
-            another = "" if self._learn else "pass example_inputs to transform, for another to be learnt, "
-            built_in = "" if self._learn else " by its built-in pattern"
+            known = layer.vouched or not self._learn
+            whose = f" by its {'registered' if layer.vouched else 'built-in'} pattern" if known else ""
+            another = "pass example_inputs, for another to be learnt, " if known and not layer.vouched else ""
             raise LTDError(
-                f"{what}{built_in}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
+                f"{what}{whose}, {proof.status}: {proof.reason}{size}; {another}leave it out with "
                 "transform(..., layers=...), or register a LayerPattern for its class"
             )
         return replace(layer, pattern=pattern, proof=proof)

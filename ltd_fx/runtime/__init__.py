@@ -4,10 +4,14 @@ Also the state that the routed layers of a model share. It knows of no graph: ``
 """
 
 from ltd_fx.runtime.arguments import Aligned, gather_argument, gather_arguments, gather_extra, gather_extras
+from ltd_fx.runtime.documents import BOUNDARIES
 from ltd_fx.runtime.draw import draw_tokens, hidden_shape
 from ltd_fx.runtime.hand_over import hand_over, rest_of, take_over
+from ltd_fx.runtime.kernels import attentions, flash_kernel
+from ltd_fx.runtime.packed import hand_boundaries
+from ltd_fx.runtime.preferences import SAMPLING, Batch, Preferences, Protect
 from ltd_fx.runtime.ranks import gather_from_ranks
 from ltd_fx.runtime.records import Draw, Site, Span
 from ltd_fx.runtime.replay import sampled_indices
 from ltd_fx.runtime.split_merge import merge_output, split_hidden
-from ltd_fx.runtime.state import UNTESTED, Protect, RouteState
+from ltd_fx.runtime.state import UNTESTED, RouteState

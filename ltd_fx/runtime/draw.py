@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from ltd_fx.errors import LTDError
+from ltd_fx.runtime.kernels import refuse_window
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState, record
 from ltd_fx.torch_private import at_compile_time, constant_local_maybe, is_exporting
@@ -59,12 +60,13 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
         record(site._set_drawn, batch, seq_len, seq_len)
         return None
     record(site._set_drawn, batch, seq_len, keep)
+    refuse_window(site.name, site.attentions, seq_len)
     if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise LTDError(
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export or torch.jit.trace"
         )
-    indices = _indices(site, hidden, batch, seq_len, keep)
+    indices = _indices(site, hidden, batch_first, batch, seq_len, keep)
     # torch.compile makes equal gathers one anyway.
     gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
     return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
@@ -89,7 +91,7 @@ def _refuse_tracing(site: Site) -> None:
     )
 
 
-def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) -> Tensor:
+def _indices(site: Site, hidden: Tensor, batch_first: bool, batch: int, seq_len: int, keep: int) -> Tensor:
     state = site.state
     if keep < state.protected:
         raise LTDError(
@@ -98,42 +100,13 @@ def _indices(site: Site, hidden: Tensor, batch: int, seq_len: int, keep: int) ->
         )
     rows = 1 if state.shared else batch
     # The zero-width view carries no data, only the device and whether vmap maps over the samples.
-    like = hidden.detach()[..., :0] if not state.shared else state.key
-    rank = rank_tokens(state, state.mask, hidden.device, batch, seq_len)
+    view = hidden.detach()[..., :0]
     key, number = state.key.to(hidden.device), site.number.to(hidden.device)
+    across = view if batch_first else view.transpose(0, 1)
+    rank = state.preferences.rank(state.batch, key, number, across, keep, state.shared)
+    like = state.key if state.shared else view
     indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, like, rows, seq_len, keep, rank)
     return indices
-
-
-def rank_tokens(
-    state: RouteState, mask: Tensor | None, device: torch.device, batch: int, seq_len: int
-) -> Tensor | None:
-    """``[B | 1, S]`` int64: -1 for tokens that are kept first (protected), 1 for those dropped first (padding), else 0.
-
-    ``mask`` is the batch's, ``[B, S]``, nonzero for real tokens; with another S it is of another stack.
-
-    Raises:
-        LTDError: the mask is of another batch size, or ``protect`` returns no mask of its positions.
-    """
-    protect = state.protect
-    if protect is None:
-        return None
-    if isinstance(protect, str):
-        if mask is None or mask.shape[1] != seq_len:
-            return None
-        if mask.shape[0] != batch:
-            raise LTDError(
-                f"ltd_fx: protect={protect!r} names a mask of {mask.shape[0]} sequences, but hidden states have "
-                f"{batch}; give the model a mask with a row for each, or transform it with protect=None"
-            )
-        padding = mask.to(device) == 0
-        # A draw for the whole batch drops first what is padding in every sequence.
-        return (padding.all(0, keepdim=True) if state.shared else padding).to(torch.int64)
-    positions = torch.arange(seq_len, device=device)
-    first = positions < protect if isinstance(protect, int) else protect(positions)
-    if not isinstance(first, Tensor) or first.shape != positions.shape or first.dtype != torch.bool:
-        raise LTDError(f"ltd_fx.transform: protect must return a bool tensor like its positions [S], got {first!r}")
-    return -first.to(torch.int64)[None]
 
 
 def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:

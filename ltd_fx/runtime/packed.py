@@ -1,16 +1,25 @@
-"""What says where the documents of packed rows begin, as transformers names it, for the tokens that are kept."""
+"""What says where the documents of packed rows begin, for the tokens that are kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltd_fx.runtime.documents import BOUNDARIES, NUMBERS
+from ltd_fx.runtime.kernels import flash_kernel
 from ltd_fx.runtime.records import Draw
 
+# What transformers' kernels are given, where they do not look for themselves.
+_HANDED = ("cu_seq_lens_q", "cu_seq_lens_k")
+_LONGEST = ("max_length_q", "max_length_k")
 
-def _boundaries(draw: Draw, ends: Tensor) -> Tensor:
-    """Cumulative lengths ``[documents + 1]`` over all rows of the batch: how many kept tokens come before each."""
+
+def _kept_before(draw: Draw, ends: Tensor) -> Tensor:
+    """Cumulative lengths ``[documents + 1]`` over all rows of the batch: how many kept tokens come before each.
+
+    A document that has lost all its tokens has length zero: none merges with its neighbour.
+    """
     starts = draw.seq_len * torch.arange(draw.batch, device=draw.indices.device)
     rows = (starts[:, None] + draw.indices).flatten()  # They are ascending.
     return torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype)
@@ -22,9 +31,40 @@ def _per_token(draw: Draw, number: Tensor) -> Tensor:
     return number.expand(rows, -1).gather(1, draw.indices.expand(rows, -1))
 
 
-# `max_length_q` and `max_length_k` are upper bounds, which the kept tokens do not exceed.
+# The longest document's length is an upper bound, which holds for kept tokens.
 PACKED: dict[str, Callable[[Draw, Any], Any]] = {
-    "cu_seq_lens_q": _boundaries,
-    "cu_seq_lens_k": _boundaries,
-    "seq_idx": _per_token,
+    **dict.fromkeys(BOUNDARIES, _kept_before),
+    **dict.fromkeys(NUMBERS, _per_token),
 }
+
+
+def hand_boundaries(draw: Draw | None, extras: Mapping[str, Any], position_ids: Any, mask: Any) -> Mapping[str, Any]:
+    """A layer's ``**kwargs``, with the boundaries of documents where its kernel would look for them in the positions.
+
+    Transformers' flash attention takes a row alone in its batch for packed documents where its positions are not
+    consecutive, and cuts where they are as in the first place. That token may be dropped, and positions of kept tokens
+    are never consecutive. With boundaries it does not look.
+
+    Args:
+        draw: the site's.
+        extras: of the call, gathered.
+        position_ids: ``[1, S]`` of the call, not gathered.
+        mask: the attention mask; where there is one, the kernel looks for nothing else.
+    """
+    if (
+        draw is None
+        or draw.batch != 1
+        or mask is not None
+        or not isinstance(position_ids, Tensor)
+        or position_ids.ndim != 2
+    ):
+        return extras
+    if not any(map(flash_kernel, draw.site.attentions)) or all(extras.get(name) is not None for name in _HANDED):
+        return extras
+    starts = draw.site.state.documents.starts_of(position_ids)
+    ends = torch.cat([starts, starts.new_full((1,), draw.seq_len)]).to(torch.int32)
+    return {
+        **extras,
+        **dict.fromkeys(_HANDED, _kept_before(draw, ends)),
+        **dict.fromkeys(_LONGEST, draw.indices.shape[1]),
+    }

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
+from ltd_fx.runtime.kernels import attentions
+from ltd_fx.runtime.preferences import Batch
 from ltd_fx.runtime.state import RouteState, record
 from ltd_fx.schedule import ReservedLength
 from ltd_fx.torch_private import in_backward
@@ -24,14 +26,14 @@ class Length(Protocol):
 class Drawn(NamedTuple):
     """What the draw of one call depends on: enough to draw again (see ``replay``). ``keep`` is S where it ran dense.
 
-    ``mask`` is the batch's, where ``protect`` names it.
+    ``said`` is what the forward's arguments said of which tokens to keep.
     """
 
     key: Tensor
     batch: int
     seq_len: int
     keep: int
-    mask: Tensor | None
+    said: Batch
 
 
 class Span:
@@ -88,6 +90,7 @@ class Site:
         self.length: Length = state.lengths[None] if length is None else length
         self.span = span  # None unless the layer is on a route over several.
         self.in_graph = in_graph
+        self.attentions = attentions(layer)  # They say which kernels it uses.
         self.fixed: Tensor | None = None  # The indices to keep while the layer is being verified.
         # What this forward has drawn: in the calls before the latest, and in the latest.
         self._earlier: tuple[Drawn, ...] = ()
@@ -151,7 +154,7 @@ class Site:
         return self._first + call * _CALL if call else self._first
 
     def _set_drawn(self, batch: int, seq_len: int, keep: int) -> None:
-        self._latest = Drawn(self.state.key, batch, seq_len, keep, self.state.mask)
+        self._latest = Drawn(self.state.key, batch, seq_len, keep, self.state.batch)
 
     def move(self, device: torch.device) -> None:
         self._first = self.number = self._first.to(device)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime.draw import rank_tokens
 from ltd_fx.runtime.records import Drawn, Site, Span
 
 
@@ -29,11 +28,12 @@ def sampled_indices(sites: list[Site]) -> dict[str, Tensor]:
 
 
 def _indices(site: Site, call: int, drawn: Drawn) -> Tensor:
-    key, batch, seq_len, keep, mask = drawn
+    key, batch, seq_len, keep, said = drawn
     if keep == seq_len:
         return torch.arange(seq_len, device=key.device).expand(batch, seq_len)
-    rows = 1 if site.state.shared else batch
-    rank = rank_tokens(site.state, mask, key.device, batch, seq_len)
-    number = site.number_of(call).to(key.device)
+    state, number = site.state, site.number_of(call).to(key.device)
+    like = torch.empty(batch, seq_len, 0, device=key.device)
+    rank = state.preferences.rank(said, key, number, like, keep, state.shared)
+    rows = 1 if state.shared else batch
     indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, key, rows, seq_len, keep, rank)
     return indices.expand(batch, keep)

@@ -1,6 +1,5 @@
 """What all routed layers of one model share: the reserved length, and the key of the forward in progress."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,20 +7,20 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ltd_fx.errors import LTDError
 from ltd_fx.ops import draw_key
 from ltd_fx.runtime.counts import TargetLayer, count_layers
+from ltd_fx.runtime.documents import Documents, find_documents
+from ltd_fx.runtime.preferences import Batch, Preferences
 from ltd_fx.runtime.ranks import draw_rank, refuse_differences
-from ltd_fx.schedule import LTDScheduler, ReservedLength
+from ltd_fx.runtime.recomputes import Recomputes
+from ltd_fx.schedule import LTDScheduler, ReservedLength, refuse_position
 from ltd_fx.torch_private import allow_side_effects
 
-Protect = int | str | Callable[[Tensor], Tensor] | None
-
-
-UNTESTED = "ltd_fx: layers' built-in patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
+UNTESTED = "ltd_fx: layers' patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
 
 
 class Member(Protocol):
@@ -64,49 +63,44 @@ class RouteState:
         # How many routed layers have which share of their own, or none; and the lengths that they read.
         self.shares: dict[float | None, int] = {None: routed - sum(shares.values()), **shares}
         self.lengths = {share: ReservedLength(share) for share in self.shares}
-        self.protect: Protect = None
+        self.preferences = Preferences()
         self.protected = 0  # So many first tokens are in every draw.
-        self.mask_place = 0
-        self.mask: Tensor | None = None  # The batch's mask, where `protect` names it.
+        self.batch = Batch()  # What the forward's arguments say of which to keep.
+        self.documents = Documents()
         self.device = torch.device("cpu")
         self.sites: list[Member] = []
         self.warned = False
-        self.untested = False  # Whether layers wait for a test of their built-in patterns, and nobody was told.
+        self.untested = False  # Whether layers wait for a test of their patterns, and nobody was told.
         self.root = ""  # The class of the module whose forwards bring new keys, if there is one.
         self.under_way = False  # Whether a training forward of that module is under way.
         self._grad = True  # Whether that forward has a backward.
-        self._recomputable: tuple[Tensor, int] | None = None
-        self._ambiguous = False
+        self._recomputes = Recomputes()
+        self._same = False  # Whether forwards draw as the one before them did.
+        self.fresh = True  # Whether no forward has drawn by the key.
         self.begin_step(0 if scheduler is None else scheduler._step)
 
-    def set_protect(self, protect: Protect, root: nn.Module) -> None:
-        """Which tokens are kept first; see ``ltd_fx.transform``.
+    def prefer(self, preferences: Preferences) -> None:
+        """Draw by these.
 
         Raises:
-            LTDError: it is of another kind, more than the scheduler's min_length, or no argument of ``root``.
+            LTDError: more tokens are protected than the scheduler's min_length.
         """
-        if isinstance(protect, str):
-            parameters = list(inspect.signature(root.forward).parameters)
-            if protect not in parameters:
-                raise LTDError(f"ltd_fx.transform: protect={protect!r} is not an argument of the model's forward")
-            self.mask_place = parameters.index(protect)
-        elif isinstance(protect, int) and not isinstance(protect, bool) and protect >= 0:
-            for share in self.shares:
-                least = protect if self.scheduler is None else self.scheduler.least(share)
-                if protect > least:
-                    which = f"min_length={least}" if share is None else f"keep={share}, which starts at {least} tokens"
-                    raise LTDError(f"ltd_fx.transform: protect={protect} tokens do not fit the scheduler's {which}")
-            self.protected = protect
-            protect = protect or None
-        elif protect is not None and not callable(protect):
-            raise LTDError(
-                "ltd_fx.transform: protect must be a number of first tokens, a function of positions, or the name of "
-                f"the model's [B, S] attention mask, got {protect!r}"
-            )
-        self.protect = protect
+        protected = preferences.protected
+        for share in self.shares:
+            least = protected if self.scheduler is None else self.scheduler.least(share)
+            if protected > least:
+                which = f"min_length={least}" if share is None else f"keep={share}, which starts at {least} tokens"
+                raise LTDError(f"ltd_fx.transform: protect={protected} tokens do not fit the scheduler's {which}")
+        self.preferences, self.protected = preferences, protected
 
     def begin_step(self, step: int) -> None:
-        """Rebind the key for the first forward of ``step``."""
+        """Rebind the key for the first forward of ``step``.
+
+        Raises:
+            LTDError: draws are to stay the same.
+        """
+        if self._same:
+            raise LTDError("ltd_fx.same_draws: the scheduler steps within it, and other lengths are other draws")
         self.count_calls()
         self._step = step
         self.set_forward(0)
@@ -115,6 +109,7 @@ class RouteState:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
         # A fill is a kernel launch on an accelerator, where a copy from the host would synchronise.
         self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
+        self.fresh = True
 
     def _first_key(self) -> int:
         return draw_key(self.seed, self._step, self.rank)
@@ -123,25 +118,22 @@ class RouteState:
         """Forward pre-hook of the root: the next key, for the forward that starts now.
 
         Raises:
-            LTDError: the argument that ``protect`` names is no ``[B, S]`` mask.
+            LTDError: an argument that says which tokens to keep is of another kind.
         """
         if not root.training:
             return
-        if isinstance(self.protect, str):
-            place = self.mask_place
-            given = kwargs.get(self.protect, args[place] if place < len(args) else None)
-            if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
-                got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-                raise LTDError(
-                    f"ltd_fx: protect={self.protect!r} names the batch's padding mask, which must be [B, S], but it is "
-                    f"{got}; give the model that mask, or transform it with protect=None"
-                )
-            self.mask = given
+        self.batch = self.preferences.read(args, kwargs)
+        self.preferences.lengthen(self.batch, self.lengths.values(), self.shared)
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
-        self.key = self.key + 1
+        self._advance()
         self.under_way, self._grad = True, torch.is_grad_enabled()
+
+    def _advance(self) -> None:
+        """A key that no forward had, or the last one's again."""
+        if not self._same:
+            self.key, self.fresh = self.key + 1, False
 
     def begin_alone(self, name: str) -> None:
         """A routed layer is called by no forward of the root: a key of its own, so that it draws anew each time.
@@ -149,15 +141,15 @@ class RouteState:
         Raises:
             LTDError: the draws need an argument of the root.
         """
-        if isinstance(self.protect, str):
+        if self.preferences.needs_arguments():
             raise LTDError(
                 f"ltd_fx: {name} is called, but not by a call of the {self.root} that ltd_fx.transform was given, and "
-                f"protect={self.protect!r} is an argument of that call. Call that module (not its forward method), or "
-                "ltd_fx.restore it and transform the one that you call"
+                f"{self.preferences.needs_arguments()} goes by the arguments of that call. Call that module (not its "
+                "forward method), or ltd_fx.restore it and transform the one that you call"
             )
         if not torch.compiler.is_compiling():
             self.warn_untested("where the model's forward, or a layer, is called past the model's own call")
-        self.key = self.key + 1
+        self._advance()
         self._grad = True
 
     def warn_untested(self, where: str) -> None:
@@ -180,11 +172,29 @@ class RouteState:
         )
 
     @contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Within, forwards draw as the latest one did.
+
+        Raises:
+            LTDError: there was none since the scheduler stepped.
+        """
+        if self.fresh:
+            raise LTDError(
+                "ltd_fx.same_draws: the model has seen no training forward since the scheduler stepped, whose draws "
+                "another could repeat"
+            )
+        before, self._same = self._same, True
+        try:
+            yield
+        finally:
+            self._same = before
+
+    @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """As if a forward of the root were under way; its draws are nobody's, and no batch's mask is known."""
-        names = ("key", "mask", "under_way", "warned", "_grad", "_recomputable", "_ambiguous")
+        """As if a forward of the root were under way; its draws are nobody's, and nothing is known of its batch."""
+        names = ("key", "batch", "under_way", "warned", "_grad", "_recomputes")
         before = {name: getattr(self, name) for name in names}
-        self.mask, self.under_way, self.warned = None, True, True
+        self.batch, self.under_way, self.warned, self._recomputes = Batch(), True, True, Recomputes()
         try:
             yield
         finally:
@@ -193,6 +203,7 @@ class RouteState:
     def end_forward(self) -> None:
         """A training forward of the root is over."""
         self.under_way = False
+        self.documents.forget()
 
     def count_calls(self) -> None:
         """Layers that a forward called more often than any before it count as often in layer tokens."""
@@ -209,30 +220,11 @@ class RouteState:
             site.move(device)
 
     def guard_recompute(self, recomputing: bool) -> None:
-        """Refuse a recompute that would draw other tokens; called by each routed layer in training, in eager mode.
-
-        ``torch.utils.checkpoint`` around a routed layer calls it again in the backward pass, where the key must still
-        be that of the original forward. It is, unless another forward came between; then nothing tells the two apart.
-
-        Raises:
-            LTDError: there was another forward since, or the scheduler stepped.
-        """
-        if not recomputing:
-            if not self._grad:
-                return  # No backward will follow.
-            before = self._recomputable
-            if before is None or before[0] is not self.key:
-                self._ambiguous = before is not None and before[1] == self._step
-                self._recomputable = (self.key, self._step)
-        elif self._recomputable is None or self._recomputable[0] is not self.key or self._ambiguous:
-            raise LTDError(
-                "ltd_fx: activation checkpointing recomputes a routed layer, but the model ran another training "
-                "forward since (or the scheduler stepped), so the layer would draw other tokens. Call backward() after "
-                "each forward, or checkpoint inside the layer (transformers' gradient_checkpointing_enable() does)."
-            )
-        else:
-            # The backward of this forward has begun, so the next forward is the only one that awaits a recompute.
-            self._recomputable = (self.key, -1)
+        """Called by each routed layer in training, in eager mode; see :class:`Recomputes`."""
+        if recomputing:
+            self._recomputes.check(self.key)
+        elif self._grad:  # Else no backward will follow.
+            self._recomputes.expect(self.key, self._step)
 
     # ---- resuming
 
@@ -245,16 +237,7 @@ class RouteState:
 
     def check_position(self, position: Any) -> None:
         """Raise :class:`LTDError` unless ``position`` is one of this state's."""
-        fields = position if isinstance(position, Mapping) else {}
-        if fields.keys() != {"seed", "forward"} or not all(isinstance(value, int) for value in fields.values()):
-            raise LTDError(
-                f"LTDScheduler: the state_dict's draws must hold the integers seed and forward: {position!r}"
-            )
-        if position["seed"] != self.seed:
-            raise LTDError(
-                f"LTDScheduler: the state_dict was drawn with seed={position['seed']}, the model was transformed with "
-                f"seed={self.seed}; pass the same seed to ltd_fx.transform"
-            )
+        refuse_position(position, self.seed)
 
     def resume(self, position: Mapping[str, int]) -> None:
         self.set_forward(position["forward"])
@@ -277,9 +260,22 @@ class RouteState:
             values["lengths"] = {share: self.scheduler.length_at(self._step, share) for share in self.shares}
         refuse_differences(values, self.mesh)
 
+    # What a root's hooks call, for them to leave no graph of their own.
+    AROUND_FORWARDS = (
+        begin_forward,
+        _advance,
+        end_forward,
+        Documents.forget,
+        Preferences.read,
+        Preferences.lengthen,
+        Preferences.needs_arguments,
+        find_documents,
+        Batch.is_wrapped,
+    )
+
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: without the batch and the process group."""
-        return {**self.__dict__, "mask": None, "mesh": None}
+        return {**self.__dict__, "batch": Batch(), "mesh": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""

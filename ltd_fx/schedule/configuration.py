@@ -40,3 +40,15 @@ def refuse_other(ours: Mapping[str, Any], theirs: Mapping[Any, Any]) -> None:
             f"LTDScheduler: the state_dict has {field}={theirs[field]!r}, this scheduler {field}={ours[field]!r}; "
             "build it with the saved configuration"
         )
+
+
+def refuse_position(position: Any, seed: int) -> None:
+    """Raise :class:`LTDError` unless ``position`` says where a model's draws are, and they are of this ``seed``."""
+    fields = position if isinstance(position, Mapping) else {}
+    if fields.keys() != {"seed", "forward"} or not all(isinstance(value, int) for value in fields.values()):
+        raise LTDError(f"LTDScheduler: the state_dict's draws must hold the integers seed and forward: {position!r}")
+    if position["seed"] != seed:
+        raise LTDError(
+            f"LTDScheduler: the state_dict was drawn with seed={position['seed']}, the model was transformed with "
+            f"seed={seed}; pass the same seed to ltd_fx.transform"
+        )

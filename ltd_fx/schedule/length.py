@@ -28,6 +28,8 @@ class ReservedLength:
         self._numerator, self._denominator = _ratio(share)
         self._carrier: torch.Tensor | None = None
         self._whole: int | None = None
+        # Of one forward: [k, S, 0], for sequences of S tokens; only where forwards are lengthened.
+        self._lengthened: torch.Tensor | None = None
 
     @property
     def published(self) -> int | None:
@@ -43,12 +45,23 @@ class ReservedLength:
         self._whole = whole
         if self.published == length:
             return
-        self._carrier = torch.empty(length, 0)
-        if length > 1:  # A length of 1 has a graph of its own, since torch specialises sizes 0 and 1.
-            mark_dynamic(self._carrier, 0)
+        self._carrier = _carrier(length)
+
+    def lengthen(self, forced: torch.Tensor | None) -> None:
+        """Have the forward that starts now keep as many tokens as ``forced`` names in any sequence, if these are more.
+
+        Args:
+            forced: ``[B, S]`` bool; an accelerator is waited for. ``None``: there are none.
+        """
+        seq_len = 0 if forced is None else forced.shape[1]
+        most = 0 if forced is None or not forced.numel() else int(forced.sum(1).max())
+        self._lengthened = _carrier(max(self.of(seq_len, self.published), most), seq_len)
 
     def tokens(self, seq_len: int) -> int:
         """The reserved length for sequences of ``seq_len`` tokens; layers run dense where it is no less than that."""
+        lengthened = self._lengthened
+        if lengthened is not None and lengthened.shape[1] == seq_len:
+            return lengthened.shape[0]
         return self.of(seq_len, None if self._carrier is None else self._carrier.shape[0])
 
     def of(self, seq_len: int, length: int | None) -> int:
@@ -73,10 +86,17 @@ class ReservedLength:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensor, whose mark does not survive; :meth:`publish` makes it anew."""
-        return {**self.__dict__, "_carrier": self.published}
+        return {**self.__dict__, "_carrier": self.published, "_lengthened": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         length = state["_carrier"]
         self.__dict__.update(state, _carrier=None)
         if length is not None:
             self.publish(length, self._whole)
+
+
+def _carrier(length: int, *others: int) -> torch.Tensor:
+    tensor = torch.empty(length, *others, 0)
+    if length > 1:  # A length of 1 has a graph of its own, since torch specialises sizes 0 and 1.
+        mark_dynamic(tensor, 0)
+    return tensor

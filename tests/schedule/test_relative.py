@@ -42,6 +42,7 @@ def test_half_of_any_length(seq_len: int, expected: int) -> None:
     model.blocks[1].register_forward_hook(lambda _, args, out: changed.append((out[0] != args[0]).any(-1).sum(1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "ltd_fx: the pattern registered for Block is trusted")  # no token attends
         model(stream(3, seq_len))
     assert changed[0].tolist() == [expected] * 3
     assert kept(model) == [expected] * 2

@@ -1,0 +1,44 @@
+"""What the attention kernels of a layer count by themselves: documents, and windows of so many tokens.
+
+Transformers hands them as numbers to a kernel, which sees the kept tokens only. Which kernel that is, is said by the
+configuration that a layer's attention holds, and may be set anew at any time (``set_attn_implementation``).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ltd_fx.errors import LTDError
+
+_NAME = "_attn_implementation"
+
+
+def attentions(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of ``layer`` that hold the configuration in which transformers names the kernel."""
+    return tuple(module for module in layer.modules() if hasattr(getattr(module, "config", None), _NAME))
+
+
+def flash_kernel(module: nn.Module) -> str:
+    """The kernel of one of them, if it is some flash attention: as transformers tells it, by its name. Else empty."""
+    name: str = getattr(module.config, _NAME) or ""
+    return name if "flash" in name else ""
+
+
+def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None:
+    """Raise :class:`LTDError` if a kernel counts a window among the tokens that it is given, of which some are dropped.
+
+    Args:
+        name: of the layer.
+        modules: its :func:`attentions`.
+        seq_len: S; a window as long as that leaves nothing out.
+    """
+    for module in modules:
+        kernel = flash_kernel(module)
+        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+        if kernel and isinstance(window, int) and window < seq_len:
+            raise LTDError(
+                f"ltd_fx: {name} cannot be routed: its kernel ({kernel}) counts a window of "
+                f"{window} tokens among those it is given, and sequences have more, of which some are dropped; load "
+                "the model with attn_implementation='sdpa' or 'flex_attention', whose masks know where a token was, or "
+                "leave it out with transform(..., layers=...)"
+            )
