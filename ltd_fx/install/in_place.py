@@ -46,6 +46,7 @@ class Rewrite:
     outlined: Outlined | None = None  # How that came of a flat one.
     unflattened: Unflattened | None = None  # What that was made of, where the root is no fx.GraphModule itself.
     absent: frozenset[str] = frozenset()  # Routed layers that this graph does not call: another one of the model does.
+    undone: bool = False  # Whether it was taken out again; a copy.copy of the module holds it still.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
     @property
@@ -260,7 +261,7 @@ def uninstall(model: nn.Module) -> None:
     for hook in done.hooks:
         hook.remove()
     _end_pending(root, done)
-    done.hooks = ()  # A copy.copy of the module shares layers and hooks with it, and is no longer transformed either.
+    done.undone = True
     del root.__dict__[REWRITE]
     if done.state.scheduler is not None and not done.copied:
         done.state.scheduler._attach(None)
@@ -269,7 +270,7 @@ def uninstall(model: nn.Module) -> None:
 def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
     """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
     found = ((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__)
-    return next(((m, rewrite) for m, rewrite in found if rewrite.hooks), None)
+    return next(((m, rewrite) for m, rewrite in found if not rewrite.undone), None)
 
 
 def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from ltd_fx.runtime import attentions, flash_kernel
+from ltd_fx.runtime import attentions, is_flash, kernel_of
 from ltd_fx.torch_private import safe_softmax
 
+_FLEX = "flex_attention"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' mapping from names to functions, in the files of its models
 
 
@@ -27,11 +29,12 @@ def in_plain_sight(modules: Iterable[nn.Module]) -> Iterator[None]:
     files = [sys.modules[name] for name in names if name in sys.modules]
     places: dict[tuple[int, str], tuple[Any, str, Callable[..., Any]]] = {}
     for module in {attention for each in modules for attention in attentions(each)}:
-        name = flash_kernel(module)
+        name = kernel_of(module)
+        plain = _of_transformers if is_flash(name) else _flex_of_transformers if name == _FLEX else None
         file = sys.modules.get(type(module).__module__)
         interface = getattr(file, _INTERFACE, getattr(sys.modules.get("transformers.modeling_utils"), _INTERFACE, None))
-        if name and interface is not None and name in interface:
-            places[id(interface), name] = interface, name, _of_transformers
+        if plain is not None and interface is not None and name in interface:
+            places[id(interface), name] = interface, name, plain
     for (library, function), plain in _FUNCTIONS.items():
         original = getattr(sys.modules.get(library), function, None)
         if original is not None:
@@ -73,15 +76,20 @@ def _attend(
     documents: tuple[Tensor, Tensor] | None = None,
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
+    rescored: Callable[[Tensor], Tensor] | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``[B, heads, S, D]`` each. ``documents`` of queries and keys, ``allowed`` and ``bias`` broadcast to scores."""
+    """``[B, heads, S, D]`` each. ``documents`` of queries and keys, ``allowed`` and ``bias`` broadcast to scores, which
+    ``rescored`` makes others of.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if rescored is not None:
+        scores = rescored(scores)
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     places = torch.arange(query.shape[2], device=query.device)[:, None], torch.arange(key.shape[2], device=query.device)
@@ -212,6 +220,52 @@ def _torch_varlen(
     )
 
 
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """``torch.nn.attention.flex_attention.flex_attention``, ``[B, heads, S, D]``."""
+    batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+    allowed = None
+    if block_mask is not None:
+        allowed = create_mask(block_mask.mask_mod, batch, heads, queries, keys, device=str(query.device))
+
+    def rescored(scores: Tensor) -> Tensor:
+        each: Any = score_mod
+        for dim in (4, 3, 2, 1):  # The score's last dimension first, each with its own number.
+            each = torch.func.vmap(each, in_dims=(0, *(0 if i == dim else None for i in range(1, 5))))
+        return each(scores, *(torch.arange(n, device=query.device) for n in scores.shape))  # type: ignore[no-any-return]
+
+    how: dict[str, Any] = {"scale": scale, "allowed": allowed}
+    return _attend(query, key, value, rescored=None if score_mod is None else rescored, **how)
+
+
+def _flex_of_transformers(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' FlexAttention, ``[B, heads, S, D]`` to ``[B, S, heads, D]``."""
+    how: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if isinstance(attention_mask, BlockMask):
+        shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+        how["allowed"] = create_mask(attention_mask.mask_mod, *shape, device=str(query.device))
+    elif attention_mask is not None:
+        how["bias"] = attention_mask[..., : key.shape[2]]
+    return _attend(query, key, value, **how).transpose(1, 2), None
+
+
 def _xformers(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: Any = None
 ) -> Any:
@@ -232,6 +286,7 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("flash_attn", "flash_attn_varlen_func"): _flash_varlen,
     ("flash_attn_interface", "flash_attn_func"): _flash,
     ("flash_attn_interface", "flash_attn_varlen_func"): _flash_varlen,
+    ("torch.nn.attention.flex_attention", "flex_attention"): _flex,
     ("torch.nn.attention.varlen", "varlen_attn"): _torch_varlen,
     ("xformers.ops", "memory_efficient_attention"): _xformers,
 }

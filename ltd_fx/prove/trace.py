@@ -67,7 +67,7 @@ def trace(
     mode = symbolic_mode()
     (size,) = symbolic_sizes(mode, (max(seq_len // 2, protected + 2),), "length")
     length = size_expr(size)
-    with mode:
+    with mode, quiet(FAKE_TENSOR_LOG):
         given = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), given)
         hidden = given[pattern.hidden]
         indices = torch.empty(1 if shared else batch, size, dtype=torch.int64, device=hidden.device)

@@ -18,10 +18,14 @@ def attentions(layer: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(module for module in layer.modules() if hasattr(getattr(module, "config", None), _NAME))
 
 
-def flash_kernel(module: nn.Module) -> str:
-    """The kernel of one of them, if it is some flash attention: as transformers tells it, by its name. Else empty."""
-    name: str = getattr(module.config, _NAME) or ""
-    return name if "flash" in name else ""
+def kernel_of(module: nn.Module) -> str:
+    """The name of the kernel of one of them, as it is now; empty if it has none."""
+    return getattr(module.config, _NAME) or ""
+
+
+def is_flash(kernel: str) -> bool:
+    """Whether it is some flash attention, or one of a hub: as transformers tells it, by its name."""
+    return "flash" in kernel
 
 
 def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None:
@@ -33,9 +37,9 @@ def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None
         seq_len: S; a window as long as that leaves nothing out.
     """
     for module in modules:
-        kernel = flash_kernel(module)
+        kernel = kernel_of(module)
         window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        if kernel and isinstance(window, int) and window < seq_len:
+        if is_flash(kernel) and isinstance(window, int) and window < seq_len:
             raise LTDError(
                 f"ltd_fx: {name} cannot be routed: its kernel ({kernel}) counts a window of "
                 f"{window} tokens among those it is given, and sequences have more, of which some are dropped; load "

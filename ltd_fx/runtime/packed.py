@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.runtime.documents import BOUNDARIES, NUMBERS
-from ltd_fx.runtime.kernels import flash_kernel
+from ltd_fx.runtime.kernels import is_flash, kernel_of
 from ltd_fx.runtime.records import Draw
 
 # What transformers' kernels are given, where they do not look for themselves.
@@ -59,7 +59,8 @@ def hand_boundaries(draw: Draw | None, extras: Mapping[str, Any], position_ids: 
         or position_ids.ndim != 2
     ):
         return extras
-    if not any(map(flash_kernel, draw.site.attentions)) or all(extras.get(name) is not None for name in _HANDED):
+    looks = any(is_flash(kernel_of(module)) for module in draw.site.attentions)
+    if not looks or all(extras.get(name) is not None for name in _HANDED):
         return extras
     starts = draw.site.state.documents.starts_of(position_ids)
     ends = torch.cat([starts, starts.new_full((1,), draw.seq_len)]).to(torch.int32)
