@@ -85,7 +85,9 @@ def fake_mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """A number of the memory that the tensor is a view of; fake and wrapped tensors, which have none, have one too."""
-    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
+    if tensor.layout != torch.strided or is_functorch_wrapped_tensor(tensor):
+        return id(tensor)
+    return int(tensor.untyped_storage()._cdata)
 
 
 # ---- operators

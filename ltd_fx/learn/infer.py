@@ -15,7 +15,7 @@ from ltd_fx.learn.layer_pattern import Align, LayerPattern, forward_signature
 from ltd_fx.learn.observe import Call, is_stream
 from ltd_fx.learn.probe import Probe
 from ltd_fx.learn.sizes import SizeReader
-from ltd_fx.runtime import Aligned, Draw, gather_argument
+from ltd_fx.runtime import PACKED, Aligned, Draw, gather_argument
 from ltd_fx.tree import item_of, items_of, leaves
 
 _POSITIONS = ("positions", "position_ids")
@@ -60,7 +60,7 @@ def infer_pattern(
     aligned: dict[str, Align] = {}
     cache = None
     for argument, value in base.items():
-        if argument == hidden:
+        if argument == hidden or argument in PACKED:  # These follow the tokens in a way of their own.
             continue
         if hasattr(value, "get_seq_length"):
             cache = argument

@@ -26,7 +26,7 @@ from ltd_fx.learn import (
     stream,
     structure,
 )
-from ltd_fx.prove.proof import FEWEST, TOO_FEW, prove, prove_alone
+from ltd_fx.prove.proof import FEWEST, prove, prove_alone, shows_nothing
 from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
@@ -193,8 +193,8 @@ class Examination:
         """The layer's proof ``how`` it is called with a few tokens, and with more where these may not show it."""
         hidden, tokens = stream(self.first_calls[layer.name]), _TOKENS
         proof = how(self._call(layer, seq_dim, tokens))
-        while proof.reason == TOO_FEW and hidden is not None and tokens < hidden.shape[seq_dim]:
-            tokens *= 4  # The first ones may all be padding.
+        while shows_nothing(proof) and hidden is not None and tokens < min(hidden.shape[seq_dim], _MANY_TOKENS):
+            tokens *= 4  # The first ones may all be padding, or documents of one token.
             proof = how(self._call(layer, seq_dim, tokens))
         if proof.status == "tested" and (proof.counts or self._has_table(layer, seq_dim)):
             return how(self._call(layer, seq_dim, None))  # A window or a table may only show at full length.
@@ -226,7 +226,7 @@ class Examination:
         what = f"ltd_fx: {layer.name} ({proof.layer_class}) cannot be routed"
         if verdict.mixes and proof.status != "wrong":
             raise LTDError(f"{what}: {verdict.mixes}; leave it out with transform(..., layers=...)")
-        if proof.reason == TOO_FEW and not self._learn:
+        if shows_nothing(proof) and not self._learn and not layer.vouched:
             return layer
         if proof.status == "wrong" or (proof.status == "not verifiable" and not layer.vouched):
             if not shared and self._shown(layer, True, protected)[1].right:
@@ -249,6 +249,8 @@ class Examination:
         """What the test and token flow say together."""
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         verdict = self._judge(layer, pattern, shared, protected)
+        if pattern == layer.pattern and not layer.vouched and shows_nothing(proof) and verdict == Verdict():
+            return pattern, replace(proof, status="proven", reason=""), verdict
         if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
             how = partial(prove_alone, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)
             many = self._call(layer, int(pattern.batch_first), _MANY_TOKENS)

@@ -21,6 +21,8 @@ from ltd_fx.torch_private_sizes import size_expr
 # What they take of a tensor is its shape and its dtype: of the first, or of the second.
 _SHAPE_ALONE = ("ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like", "new_empty_strided")
 _SHAPE_OF_ANOTHER = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+# What may be done with the boundaries of documents: some of them, of another type, and looking places up.
+_OF_BOUNDARIES = ("searchsorted", "bucketize", "slice", "to", "clone", "contiguous", "detach", "alias")
 
 Rule = Callable[["Op"], Any]
 RULES: dict[str, Rule] = {}
@@ -180,6 +182,8 @@ class Flow:
     def _evaluate(self, node: fx.Node) -> Any:
         if any(self._is_of_values(each) for each in node.all_input_nodes):
             raise UnknownError("it goes by a number that was taken of a tensor")
+        if operator_name(node) not in _OF_BOUNDARIES and any(map(self._is_boundaries, node.all_input_nodes)):
+            raise UnknownError("it computes with the boundaries of documents")
         found = self._value(node)
         for made, value in zip(
             *(x if isinstance(x, (list, tuple)) else [x] for x in (node.meta["val"], found)), strict=True
@@ -187,6 +191,10 @@ class Flow:
             if isinstance(made, Tensor) and [size_of(a) for a in value.axes] != [size_expr(n) for n in made.shape]:
                 raise UnknownError("its axes cannot be told")
         return found
+
+    def _is_boundaries(self, node: fx.Node) -> bool:
+        value = self.values.get(node)
+        return isinstance(value, Value) and value.kind is Kind.BOUNDARIES
 
     def _is_of_values(self, node: fx.Node) -> bool:
         """Whether the node is a number that came of a tensor's values, not of the length alone."""

@@ -28,7 +28,7 @@ FEWEST = 4
 # Of fewer tokens than this, in all sequences, one draw may agree by chance.
 _FEW = 256
 # Where most of the tokens are padding.
-TOO_FEW = "too few tokens can attend to others"
+_TOO_FEW = "too few tokens can attend to others"
 # Where a dtype has no kernel here; or too few bits, for random weights or to tell attention from rounding.
 _FAILS, _NOT_FINITE, _ALONE = _SAYS_NOTHING = "the dense layer fails", "its outputs are not finite", "no token attends"
 
@@ -114,6 +114,11 @@ def prove_alone(name: str, slot: nn.Module, pattern: LayerPattern, call: Call, *
         return proof
     trained = prove(name, slot, pattern, call, **options, dtypes=(hidden.dtype,))
     return proof if trained.right or trained.reason.startswith(_SAYS_NOTHING) else trained
+
+
+def shows_nothing(proof: Proof) -> bool:
+    """Whether the numbers were not such as to show anything: little but padding, or documents of one token."""
+    return proof.reason == _TOO_FEW or proof.reason.startswith(_ALONE)
 
 
 class _WrongError(Exception):
@@ -216,7 +221,7 @@ def _compare(
         raise _WrongError("dropped tokens do not pass unchanged")
     size = _difference(routed, reference, seen)
     if 4 * seen.sum() < kept.sum():
-        raise NotVerifiableError(TOO_FEW)
+        raise NotVerifiableError(_TOO_FEW)
     if size > atol:
         raise _WrongError("kept tokens differ from the dense layer's", size)
     attends = _difference(unblocked[:1], reference[:1], seen) > 1e3 * torch.finfo(dtype).eps

@@ -50,6 +50,8 @@ def elementwise(op: Op) -> Any:
     if name in _SAME and operands[0].kind in (Kind.RANK, Kind.POSITION):
         counts = op.out.dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
         return operands[0] if counts else replace(operands[0], kind=Kind.POSITION, offset=None)
+    if operands[0].kind is Kind.BOUNDARIES:  # Of another type, or a copy.
+        return operands[0]
     ranks = [value for value in operands if value.kind is Kind.RANK]
     axes = broadcast(operands)
     if name == "sub" and len(ranks) == len(operands) == 2 and op["alpha"] == 1 and _same_sequence(ranks):

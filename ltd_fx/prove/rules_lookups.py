@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ltd_fx.prove.flow import Op, rule
-from ltd_fx.prove.values import Kind, UnknownError, Value, broadcast, has_any_tokens, has_tokens, join
+from ltd_fx.prove.values import Kind, MixesError, UnknownError, Value, broadcast, has_any_tokens, has_tokens, join
 
 
 @rule("embedding")
@@ -57,3 +57,22 @@ def gather(op: Op) -> Value:
 def one_hot(op: Op) -> Value:
     value = op.value("self")
     return join([value], (*value.axes, op.axis(op.out.shape[-1])))
+
+
+@rule("searchsorted bucketize")
+def number_of_document(op: Op) -> Value:
+    """How many documents begin at a token or before: counted among the kept tokens, that is as before.
+
+    With ``right=False`` those would not count that begin at the token, and a dropped one's place is the next one's.
+    """
+    boundaries = op.value("sorted_sequence" if op.name == "searchsorted" else "boundaries")
+    places, right = op.value("self"), op["right"] or ("side" in op.names and op["side"] == "right")
+    factors = [factor for axis in places.axes for factor in axis]
+    one_row = [factor.size for factor in factors] == [op.flow.length]
+    if boundaries.kind is Kind.FIXED and places.kind in (Kind.FIXED, Kind.ROW) and not has_any_tokens(boundaries):
+        return join([boundaries, places], places.axes)
+    if boundaries.kind is not Kind.BOUNDARIES or places.kind is not Kind.RANK or places.offset or not one_row:
+        raise UnknownError("places are looked up among others")
+    if not right:
+        raise MixesError("it takes documents to begin after their first token")
+    return Value(Kind.ROW, places.axes)

@@ -1,6 +1,7 @@
 """A layer's own forward as a graph, as a routed call runs it: in training mode, on a symbolic number of kept tokens."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ltd_fx.learn import Call, LayerPattern, Sandbox, forward_signature, quiet
 from ltd_fx.passes import kept_arguments
 from ltd_fx.prove.nodes import line_of
 from ltd_fx.prove.values import Axis, Kind, Value, axis_of
-from ltd_fx.runtime import Draw, RouteState, Site
+from ltd_fx.runtime import BOUNDARIES, Draw, RouteState, Site
 from ltd_fx.torch_private import FAKE_TENSOR_LOG, make_graph, pytree
 from ltd_fx.torch_private_sizes import decided_by, size_expr, symbolic_mode, symbolic_sizes
 
@@ -81,7 +82,12 @@ def trace(
     leaves, spec = pytree.tree_flatten(kept)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made = [*(leaves[i] for i in places), *own]
+    names = _leaf_names(kept)
     values = [_value(tensor, length, protected, tensor is kept[pattern.hidden]) for tensor in made]
+    for i, place in enumerate(places):
+        name = names[place].rpartition("[")[2].strip("]'")
+        if name in BOUNDARIES and name not in pattern.aligned and not values[i].token_axes():
+            values[i] = replace(values[i], kind=Kind.BOUNDARIES)
     before = len(decided_by(mode, length)[0])
 
     def run(*tensors: Tensor) -> Any:
@@ -97,7 +103,6 @@ def trace(
         graph = make_graph(run, made).graph
     if isinstance(layer, fx.GraphModule):
         _set_lines(graph, layer.graph)
-    names = _leaf_names(kept)
     for node, name in zip(graph.find_nodes(op="placeholder"), [*(names[i] for i in places), *state], strict=True):
         node.meta["name"] = name
     axes = next(value.axes for value in values if value.hidden)

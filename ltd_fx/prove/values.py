@@ -24,6 +24,7 @@ class Kind(Enum):
     RANK = "rank"  # The place among the tokens that are there, counted by one.
     POSITION = "position"  # What was computed from places: a distance, a table's row, the length as a number.
     STATE = "state"  # What the forward changes and keeps.
+    BOUNDARIES = "boundaries of documents"  # How many of the tokens that are there come before each.
     WEIGHTS = "attention weights"  # Normalised over tokens, to be contracted over them.
 
 

@@ -1,0 +1,205 @@
+"""Packed rows through models of transformers, on attention by masks and by kernels that count documents."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dense import documents_mask, run_blocked
+from flash import flash, use_flash  # noqa: F401 (the fixture)
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ltd_fx
+from ltd_fx import LTDError, LTDScheduler
+
+transformers = pytest.importorskip("transformers")
+slow = pytest.mark.slow
+
+S = 32
+WINDOW = 6
+DOCUMENTS = {"four": [5, 9, 4, 14], "of one token": [1] * S, "one": [S]}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+
+def qwen3() -> nn.Module:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES))
+
+
+def mistral(window: int | None = None) -> nn.Module:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=window))
+
+
+def gemma3(window: int = 512) -> nn.Module:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    config = transformers.Gemma3TextConfig(**SIZES, sliding_window=window, layer_types=kinds)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def made(make: Callable[[], nn.Module], attention: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and a copy of it whose attention takes any mask."""
+    torch.manual_seed(0)
+    model = make().train()
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("eager")
+    if attention == "flash":
+        return use_flash(model), dense
+    model.set_attn_implementation(attention)
+    return model, dense
+
+
+def packed(lengths: list[int], given: str) -> dict[str, Any]:
+    """A row of documents, told apart by what ``given`` names, besides positions that restart."""
+    inputs: dict[str, Any] = {
+        "input_ids": torch.randint(1, 64, (1, S), generator=torch.Generator().manual_seed(1)),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "use_cache": False,
+    }
+    if given == "cu_seq_lens":
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths)}
+        inputs["max_length_k"] = max(lengths)
+    if given == "seq_idx":
+        number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        inputs["seq_idx"] = number[None].to(torch.int32)
+    return inputs
+
+
+def check(model: nn.Module, dense: nn.Module, lengths: list[int], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """A training forward against the dense reference; the tokens it kept."""
+    with torch.no_grad():
+        ours = model(**inputs).logits
+    draws = ltd_fx.sampled_indices(model)
+    plain = {name: inputs[name] for name in ("input_ids", "position_ids", "use_cache")}
+    every = {f"model.layers.{i}": torch.arange(S).expand(len(ours), S) for i in range(4)} | draws
+    theirs = run_blocked(copy.deepcopy(dense), every, dict.fromkeys(every, documents_mask(lengths)), plain)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    return draws
+
+
+@pytest.mark.parametrize(
+    "lengths", [DOCUMENTS["four"], *(pytest.param(d, marks=slow) for d in list(DOCUMENTS.values())[1:])]
+)
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens", pytest.param("seq_idx", marks=slow)])
+@pytest.mark.parametrize("make", [llama, *(pytest.param(m, marks=slow) for m in (qwen3, mistral, gemma3))])
+@pytest.mark.parametrize("examples", [False, pytest.param(True, marks=slow)], ids=["first forward", "examples"])
+@pytest.mark.usefixtures("flash")
+def test_kernels_are_given_the_kept_tokens_documents(
+    make: Callable[[], nn.Module], given: str, lengths: list[int], examples: bool
+) -> None:
+    model, dense = made(make, "flash")
+    inputs = packed(lengths, given)
+    scheduler = LTDScheduler(6, S, 4)
+    ltd_fx.transform(model, scheduler, example_inputs=inputs if examples else None)
+    for _ in range(3):
+        check(model, dense, lengths, inputs)
+        scheduler.step()
+    assert all(site.proof and site.proof.right for site in ltd_fx.summary(model).sites if site.routed)
+
+
+@pytest.mark.parametrize(
+    "given", ["position_ids", pytest.param("cu_seq_lens", marks=slow), pytest.param("seq_idx", marks=slow)]
+)
+@pytest.mark.parametrize("make", [mistral, *(pytest.param(m, marks=slow) for m in (llama, qwen3, gemma3))])
+def test_masks_keep_documents_apart(make: Callable[[], nn.Module], given: str) -> None:
+    lengths = DOCUMENTS["four"]
+    model, dense = made(make, "sdpa")
+    ltd_fx.transform(model, LTDScheduler(9, S, 9))
+    check(model, dense, lengths, packed(lengths, given))
+
+
+def test_a_document_that_lost_all_its_tokens_merges_with_none(flash: Any) -> None:  # noqa: F811
+    lengths = [1] * 20 + [12]
+    model, dense = made(llama, "flash")
+    ltd_fx.transform(model, LTDScheduler(5, S, 9))
+    check(model, dense, lengths, packed(lengths, "position_ids"))
+    flash.clear()
+    model(**packed(lengths, "position_ids"))
+    draws = ltd_fx.sampled_indices(model)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    expected = [(rows[0][None] < starts[:, None]).sum(1).tolist() for rows in draws.values()]
+    assert [ends for tokens, ends in flash if tokens == 5] == expected
+
+
+@pytest.mark.usefixtures("flash")
+def test_rows_of_a_batch_are_whole_to_the_kernel() -> None:
+    """Where there are several rows, transformers does not look in the positions, nor do we."""
+    model, dense = made(llama, "flash")
+    ltd_fx.transform(model, LTDScheduler(9, S, 9))
+    inputs = packed(DOCUMENTS["four"], "position_ids")
+    inputs = {name: v.repeat(2, 1) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    check(model, dense, [S], inputs)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("make", [mistral, gemma3])
+def test_a_window_that_a_kernel_counts_is_refused(make: Callable[..., nn.Module], examples: bool) -> None:
+    """The window of a layer that looks back no further than the sequence is long leaves nothing out."""
+    inputs = packed(DOCUMENTS["four"], "position_ids")
+    model, _ = made(lambda: make(WINDOW), "flash")
+    refused = pytest.raises(LTDError, match=r"a window of 6 tokens .*attn_implementation='sdpa' or 'flex_attention'")
+    if examples:
+        with refused:
+            ltd_fx.transform(model, LTDScheduler(9, S, 9), example_inputs=inputs)
+    else:
+        ltd_fx.transform(model, LTDScheduler(9, S, 9))
+        with refused:
+            model(**inputs)
+    if not examples:
+        model, dense = made(lambda: make(S), "flash")
+        ltd_fx.transform(model, LTDScheduler(9, S, 9))
+        check(model, dense, DOCUMENTS["four"], inputs)
+
+
+@pytest.mark.usefixtures("flash")
+def test_another_kernel_may_be_set_between_forwards() -> None:
+    model, dense = made(llama, "sdpa")
+    ltd_fx.transform(model, LTDScheduler(9, S, 9))
+    inputs = packed(DOCUMENTS["four"], "position_ids")
+    check(model, dense, DOCUMENTS["four"], inputs)
+    check(use_flash(model), dense, DOCUMENTS["four"], inputs)
+
+
+@pytest.mark.parametrize("make", [mistral, pytest.param(gemma3, marks=slow)])
+def test_flex_attention_knows_where_a_token_was(make: Callable[..., nn.Module]) -> None:
+    """A window over the tokens of the whole row, within documents."""
+    lengths = DOCUMENTS["four"]
+    model, dense = made(lambda: make(WINDOW), "flex_attention")
+    ltd_fx.transform(model, LTDScheduler(9, S, 9))
+    inputs = packed(lengths, "position_ids")
+    with torch.no_grad():  # Its backward has no kernel on the CPU.
+        ours = model(**inputs).logits
+    draws = ltd_fx.sampled_indices(model)
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 4
+    windows = {f"model.layers.{i}": WINDOW if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
+    every = {name: torch.arange(S)[None] for name in windows} | draws
+    allowed = {name: documents_mask(lengths, window) for name, window in windows.items()}
+    torch.testing.assert_close(ours, run_blocked(dense, every, allowed, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_boundaries_that_are_given_take_two_graphs() -> None:
+    model, _ = made(llama, "sdpa")
+    scheduler = LTDScheduler(6, S, 6)
+    ltd_fx.transform(model, scheduler)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    for lengths in [[5, 9, 4, 14], [1, 1, 29, 1], [8, 8, 8, 8]] * 3:
+        longest = dict.fromkeys(("max_length_q", "max_length_k"), S)  # A number that varies would cost a graph.
+        step(**{**packed(lengths, "cu_seq_lens"), **longest}).logits.sum().backward()
+        scheduler.step()
+    assert counter.frame_count == 2
