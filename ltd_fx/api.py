@@ -291,14 +291,13 @@ def sampled_indices(model: nn.Module | Backend) -> dict[str, Tensor]:
 def same_draws(model: nn.Module | Backend) -> AbstractContextManager[None]:
     """A context in which every training forward repeats the draws of the latest one before it.
 
-    For old and new log-probabilities (PPO, GRPO), a reference pass, or the two passes of GradCache: what such forwards
-    compute is compared, so they must drop the same tokens. With the same batch and weights they are equal to the bit.
+    For forwards that are compared: old and new log-probabilities (PPO, GRPO), a reference pass, GradCache's two passes.
 
     Args:
         model: transformed; or the :func:`backend` that it is compiled with.
 
     Raises:
-        LTDError: the model is not transformed, or has seen no training forward since its scheduler stepped; or the
-            scheduler steps within the context.
+        LTDError: the model is not transformed, or saw no training forward since its scheduler stepped; or the scheduler
+            steps within the context.
     """
     return (model.program.state if isinstance(model, Backend) else find_rewrite(model)[1].state).same_draws()

@@ -85,7 +85,8 @@ def attach(
 
 
 def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
-    """Do at once what waits for the first training forward, if anything does.
+    """Do at once what waits for the first training forward, if anything does, but for registered patterns: a caller
+    that shows what is wrong may be asked of these.
 
     Args:
         model: the root.
@@ -97,8 +98,10 @@ def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     """
     if rewrite.pending and not rewrite.sites:
         install(model, rewrite, inputs)
-    elif rewrite.untested and _obstacle(model, inputs) is None:
-        test_installed(model, rewrite, inputs)
+        return
+    built_in = [layer for layer in rewrite.untested if not layer.vouched]
+    if built_in and _obstacle(model, inputs) is None:
+        test_installed(model, rewrite, built_in, inputs)
 
 
 def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -135,7 +138,7 @@ def _test_by(root: nn.Module, inputs: Any) -> None:
     obstacle = _obstacle(root, inputs)
     if obstacle is None and form_of(inputs) not in rewrite.forms:
         with without_modes():  # The user's may count what a forward costs.
-            obstacle = test_installed(root, rewrite, inputs)
+            obstacle = test_installed(root, rewrite, rewrite.untested, inputs)
     if obstacle:
         rewrite.state.warn_untested(obstacle)
 

@@ -152,7 +152,7 @@ def _warn_trusted(layers: Sequence[CallSite]) -> None:
         )
 
 
-def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | None:
+def test_installed(model: nn.Module, rewrite: Rewrite, layers: Sequence[CallSite], inputs: Any) -> str | None:
     """Hold the known patterns that layers are routed by, without a proof, to a forward that calls these layers.
 
     Layers that it does not call, or on a few tokens or little but padding, wait for another.
@@ -160,6 +160,7 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | Non
     Args:
         model: the root.
         rewrite: gets the proofs.
+        layers: which of those that are untested.
         inputs: (args, kwargs) of that forward.
 
     Returns:
@@ -174,11 +175,11 @@ def test_installed(model: nn.Module, rewrite: Rewrite, inputs: Any) -> str | Non
     state, slots = rewrite.state, {site.name: site.layer for site in rewrite.sites}
     with _unrouted(model, rewrite):
         try:
-            examination = Examination(model, rewrite.untested, slots, inputs, learn=False)
+            examination = Examination(model, layers, slots, inputs, learn=False)
         except LTDError as error:  # It needs hooks that are not called, say. If it fails anyway, the user is told next.
             rewrite.forms.add(form_of(inputs))
             return f"where its forward cannot be watched ({str(error).removeprefix('ltd_fx: ')})"
-        shown, too_short = examination.divide(rewrite.untested, state.protected)
+        shown, too_short = examination.divide(layers, state.protected)
         shown = examination.accept_all(shown, shared=state.shared, protected=state.protected)
         targets, names = targets_of(shown, slots), {layer.name for layer in shown}
         calls = [call for call in examination.calls if call.name in names]

@@ -54,15 +54,14 @@ def _replaced(where: MutableMapping[str, Any], name: str, plain: Callable[..., A
     def chosen(*args: Any, **kwargs: Any) -> Any:
         return (plain if threading.get_ident() == thread else original)(*args, **kwargs)
 
-    before = dict(getattr(where, "_local_mapping", where))
     where[name] = chosen
     try:
         yield
     finally:
-        if name in before:
-            where[name] = original
-        else:  # It was found in what is common to all models.
+        if not isinstance(where, dict):  # It was found there, or else in what is common to all models.
             del where[name]
+        if where.get(name) is not original:
+            where[name] = original
 
 
 def _attend(

@@ -97,7 +97,7 @@ class Scores(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is TO_COPY and args[0].dtype == torch.float64:
+        if func is TO_COPY and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64 if kwargs.get("dtype") == torch.float32 else kwargs.get("dtype")}
         if func in _RANDOM:
             return _RANDOM[func](*args)

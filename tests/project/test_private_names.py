@@ -14,8 +14,16 @@ PRIVATE = (torch_private, torch_private_dynamo, torch_private_sizes)
 ROOMS = tuple(Path(room.__file__) for room in PRIVATE)
 # Without an underscore, and documented no better.
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}
-# Underscores of Python's own, of an operator of ours, and of Lightning's.
-_NOT_TORCH = {"_replace", "_fields", "_lru_cache_wrapper", "_sample_on_cpu", "_FabricModule", "_original_module"}
+# Underscores of Python's own, of an operator of ours, of transformers', and of Lightning's.
+_NOT_TORCH = {
+    "_attn_implementation",
+    "_replace",
+    "_fields",
+    "_lru_cache_wrapper",
+    "_sample_on_cpu",
+    "_FabricModule",
+    "_original_module",
+}
 
 
 def sources() -> dict[Path, ast.Module]:
