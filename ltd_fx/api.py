@@ -83,9 +83,8 @@ def transform(
         skip_last: layers left dense at the end of each stack.
         seed: of the draws.
         sampling: ``"per_sample"``, each sequence its own tokens; ``"shared"``, one draw for the batch; or
-            ``"per_document"``, each sequence its own, and of packed rows each document its share, rounded so that the
-            sum is the reserved length. Documents are told by the model's argument ``cu_seq_lens_q``, ``seq_idx`` or
-            ``position_ids``.
+            ``"per_document"``, of packed rows each document its share, rounded so that the sum is the reserved length,
+            where ``cu_seq_lens_q``, ``seq_idx`` or ``position_ids`` of the model tell documents apart.
         protect: tokens that are kept first: a number of first tokens (class and register tokens), which no draw drops;
             a function from positions ``[S]`` to a bool ``[S]``; or the name of the model's argument with the batch's
             attention mask ``[B, S]``, whose padding (zero) is dropped before any real token.
@@ -103,19 +102,19 @@ def transform(
             draws as a single process does. The call is then a collective: the ranks' schedulers and seeds
             must agree (see :func:`check_ranks`).
         keep_mask: the name of the model's argument with the tokens that every draw of a batch keeps, bool ``[B, S]``
-            (those with a loss, say). Where a sequence has more of them than the reserved length, that is longer for
-            this batch, without recompiling; an accelerator is waited for, since the number is read.
+            (those with a loss, say). Where a sequence has more of them than the reserved length, the batch keeps more,
+            without recompiling; an accelerator is waited for, since the number is read.
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
-            are learnt from it. Without, layers are proven at the first training forward, and what is not known of
-            them or their routes is learnt there; a pattern that you registered is trusted, with a warning.
+            are learnt from it. Without, all this is done at the first training forward. A pattern that you registered
+            is trusted, with a warning, where nothing can be shown of it.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, an argument out
-            of range, ranks that differ; the model is untouched then.
+        LTDError: nothing to route, a layer that cannot be routed, a model or scheduler already in use, a bad argument,
+            ranks that differ; the model is untouched then.
     """
     if find_rewrite_maybe(model) is not None:
         raise LTDError("ltd_fx.transform: the model is transformed already; call ltd_fx.restore(model) first")
@@ -146,10 +145,9 @@ def transform(
 def compile_layers(model: Model, **options: Any) -> Model:
     """Compile the model's layers one by one, in place, instead of the whole model: layers that are alike share a graph.
 
-    It takes as long for 32 layers as for 4: one graph for dense layers, one for routed layers, one for these at full
-    length (of a route over several layers, its first, inner and last layers have graphs of their own). What is between
-    the layers runs as it is. A transformers decoder needs ``use_cache=False``: a cache has a state for each layer,
-    which would cost each a graph.
+    It takes as long for 32 layers as for 4: one graph for dense layers, one for routed ones, one for these at full
+    length (of a route, its first, inner and last layers have graphs of their own). What is between the layers runs as
+    it is. A transformers decoder needs ``use_cache=False``: a cache, with a state a layer, would cost each a graph.
 
     Args:
         model: transformed or not; its target layers are compiled, dense ones too.
@@ -159,8 +157,7 @@ def compile_layers(model: Model, **options: Any) -> Model:
         ``model`` itself.
 
     Raises:
-        LTDError: no layers are found, or ``model`` is an ``fx.GraphModule``, whose routing is in its own graph: compile
-            it whole.
+        LTDError: no layers are found, or ``model`` is an ``fx.GraphModule``: compile that whole.
     """
     found = find_rewrite_maybe(model)
     root = model if found is None else found[0]
@@ -178,10 +175,10 @@ def compile_layers(model: Model, **options: Any) -> Model:
 def check_ranks(model: nn.Module) -> None:
     """Raise on every rank unless all are at the same step of the same schedule, and so have the same reserved length.
 
-    A collective: every rank of the ``device_mesh`` that :func:`transform` was given (without one, of the default
-    process group) must call it. No forward does, for a rank that runs one alone would then wait for ever; with a mesh,
-    ``transform`` and ``LTDScheduler.load_state_dict`` do, which every rank calls anyway. What they cannot see, a rank
-    that missed ``scheduler.step()``, a call of this once in a while does; it costs one exchange of a few hundred bytes.
+    A collective: every rank of the ``device_mesh`` that :func:`transform` was given (else, of the default process group)
+    must call it. No forward does, for a rank that runs one alone would then wait for ever; with a mesh, ``transform``
+    and ``LTDScheduler.load_state_dict`` do, which every rank calls anyway. They cannot see a rank that missed
+    ``scheduler.step()``; a call of this once in a while does, for one exchange of a few hundred bytes.
 
     Raises:
         LTDError: two ranks differ, by name; or the model is not transformed.
@@ -297,7 +294,7 @@ def same_draws(model: nn.Module | Backend) -> AbstractContextManager[None]:
         model: transformed; or the :func:`backend` that it is compiled with.
 
     Raises:
-        LTDError: the model is not transformed, or saw no training forward since its scheduler stepped; or the scheduler
-            steps within the context.
+        LTDError: no transformed model, or no training forward of it since its scheduler stepped, which it may not
+            do within the context.
     """
     return (model.program.state if isinstance(model, Backend) else find_rewrite(model)[1].state).same_draws()

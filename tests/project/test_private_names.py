@@ -16,11 +16,11 @@ ROOMS = tuple(Path(room.__file__) for room in PRIVATE)
 _UNDOCUMENTED = {"experimental", "fake_mode", "recompute"}
 # Underscores of Python's own, of an operator of ours, of transformers', and of Lightning's.
 _NOT_TORCH = {
-    "_attn_implementation",
     "_replace",
     "_fields",
     "_lru_cache_wrapper",
     "_sample_on_cpu",
+    "_attn_implementation",
     "_FabricModule",
     "_original_module",
 }
