@@ -175,7 +175,7 @@ def compile_layers(model: Model, **options: Any) -> Model:
 def check_ranks(model: nn.Module) -> None:
     """Raise on every rank unless all are at the same step of the same schedule, and so have the same reserved length.
 
-    A collective: every rank of the ``device_mesh`` that :func:`transform` was given (else, of the default process group)
+    A collective: every rank of the ``device_mesh`` that :func:`transform` was given (else of the default process group)
     must call it. No forward does, for a rank that runs one alone would then wait for ever; with a mesh, ``transform``
     and ``LTDScheduler.load_state_dict`` do, which every rank calls anyway. They cannot see a rank that missed
     ``scheduler.step()``; a call of this once in a while does, for one exchange of a few hundred bytes.

@@ -19,6 +19,7 @@ from ltd_fx.install.hooks import (
 )
 from ltd_fx.install.in_place import Rewrite, form_of, install, test_installed
 from ltd_fx.install.outlined import Outlined
+from ltd_fx.install.router_losses import route_losses, unroute_losses
 from ltd_fx.learn import CallSite
 from ltd_fx.passes import SCRIPTING, check_calls, refuse_replicas, refuse_scripting
 from ltd_fx.prove import Examination
@@ -65,8 +66,13 @@ def attach(
     state.root, state.layers = type(model).__name__, layers
     # Only a forward shows that the layers of a route follow each other.
     chained = not is_graph and not all(layer.enters for layer in rewrite.routed)
+    route_losses(model, rewrite)
     if inputs is not None or (unknown is None and not chained):
-        install(model, rewrite, inputs)
+        try:
+            install(model, rewrite, inputs)
+        except BaseException:
+            unroute_losses(model)
+            raise
         if rewrite.untested:
             state.untested, rewrite.first_hook = True, _test
             rewrite.pending = (add_root_hook(model, _test),)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,6 +17,7 @@ from ltd_fx.install.hooks import REWRITE, watch_routes
 from ltd_fx.install.outlined import Outlined, inline_layers
 from ltd_fx.install.places import Places
 from ltd_fx.install.report import RewriteReport
+from ltd_fx.install.router_losses import unroute_losses
 from ltd_fx.install.unflattened import Unflattened, give_back
 from ltd_fx.learn import CallSite, layer_in
 from ltd_fx.passes import SCRIPTING, RoutedLayer, as_they_were, check_calls, routed_class, swap_back, swap_class
@@ -81,9 +82,7 @@ class Rewrite:
 
 def _graph_of(root: nn.Module, site: Site) -> fx.Graph:
     if site.in_graph:
-        graph: Any = root.graph
-        assert isinstance(graph, fx.Graph)
-        return graph
+        return cast("fx.Graph", root.graph)
     assert isinstance(site.layer, RoutedLayer)
     return site.layer._ltd_graph
 
@@ -126,10 +125,12 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
         ]
         for site, cls in zip(sites, classes, strict=True):
             swap_class(site.layer, cls, site)
+        rewrite.sites = sites
         if examination is not None:
             try:
                 examination.rehearse(sites)
             except LTDError:
+                rewrite.sites = []
                 for site in sites:
                     swap_back(site.layer)
                 raise
@@ -259,6 +260,7 @@ def uninstall(model: nn.Module) -> None:
     else:
         for site in done.sites:
             swap_back(site.layer)
+        unroute_losses(root)
     for hook in done.hooks:
         hook.remove()
     _end_pending(root, done)

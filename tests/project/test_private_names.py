@@ -21,6 +21,7 @@ _NOT_TORCH = {
     "_lru_cache_wrapper",
     "_sample_on_cpu",
     "_attn_implementation",
+    "_can_record_outputs",
     "_FabricModule",
     "_original_module",
 }
