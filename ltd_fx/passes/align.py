@@ -21,7 +21,14 @@ from torch import fx
 from ltd_fx.passes.capture import ARGS, KWARGS
 from ltd_fx.passes.graph_pass import GraphPass
 from ltd_fx.passes.locate import LocatedCall, located_calls
-from ltd_fx.runtime import gather_argument, gather_arguments, gather_extra, gather_extras, hand_boundaries
+from ltd_fx.runtime import (
+    gather_argument,
+    gather_arguments,
+    gather_extra,
+    gather_extras,
+    hand_boundaries,
+    restart_positions,
+)
 
 
 @GraphPass
@@ -44,6 +51,9 @@ def align(graph: fx.Graph) -> int:
                 **_together(call, plain),
                 **{name: _alone(call, name, value) for name, value in following.items() if name not in plain},
             }
+            if "position_ids" in gathered and KWARGS in gathered:
+                given = (call.full.get(name) for name in ("position_ids", "attention_mask"))
+                gathered["position_ids"] = call.insert(restart_positions, call.draw, gathered["position_ids"], *given)
         for name, node in gathered.items():
             call.replace_argument(name, node)
         count += len(gathered)

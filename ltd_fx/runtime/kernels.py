@@ -11,6 +11,8 @@ from torch import nn
 from ltd_fx.errors import LTDError
 
 _NAME = "_attn_implementation"
+# Of transformers' own, those that take documents from the mask.
+_BY_MASKS = ("", "eager", "sdpa", "flex_attention")
 
 
 def attentions(layer: nn.Module) -> tuple[nn.Module, ...]:
@@ -26,6 +28,11 @@ def kernel_of(module: nn.Module) -> str:
 def is_flash(kernel: str) -> bool:
     """Whether it is some flash attention, or one of a hub: as transformers tells it, by its name."""
     return "flash" in kernel
+
+
+def is_unknown(kernel: str) -> bool:
+    """Whether it is one that a user registered under a name of its own."""
+    return kernel not in _BY_MASKS and not is_flash(kernel)
 
 
 def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.runtime.documents import BOUNDARIES, NUMBERS
-from ltd_fx.runtime.kernels import is_flash, kernel_of
+from ltd_fx.runtime.kernels import is_flash, is_unknown, kernel_of
 from ltd_fx.runtime.records import Draw
 
 # What transformers' kernels are given, where they do not look for themselves.
@@ -69,3 +69,26 @@ def hand_boundaries(draw: Draw | None, extras: Mapping[str, Any], position_ids: 
         **dict.fromkeys(_HANDED, _kept_before(draw, ends)),
         **dict.fromkeys(_LONGEST, draw.indices.shape[1]),
     }
+
+
+def restart_positions(draw: Draw | None, kept: Any, position_ids: Any, mask: Any) -> Any:
+    """Positions of the kept tokens, for an attention function of the user's own that looks for documents in them.
+
+    They are counted anew within each document, so that its first kept token is where the document begins. A layer that
+    makes anything else of them is not what it was, which its proof sees.
+
+    Args:
+        draw: the site's.
+        kept: ``[1, k]``, gathered.
+        position_ids: ``[1, S]`` of the call.
+        mask: the attention mask; where there is one, it tells documents apart.
+    """
+    if draw is None or draw.batch != 1 or mask is not None or not isinstance(kept, Tensor) or kept.ndim != 2:
+        return kept
+    if not any(is_unknown(kernel_of(module)) for module in draw.site.attentions):
+        return kept
+    least = position_ids.min()
+    number = _per_token(draw, (position_ids == least).cumsum(1)).contiguous()
+    return (torch.arange(number.shape[1], device=number.device) - torch.searchsorted(number, number) + least).to(
+        kept.dtype
+    )

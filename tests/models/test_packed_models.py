@@ -94,7 +94,7 @@ def check(model: nn.Module, dense: nn.Module, lengths: list[int], inputs: dict[s
 @pytest.mark.parametrize(
     "lengths", [DOCUMENTS["four"], *(pytest.param(d, marks=slow) for d in list(DOCUMENTS.values())[1:])]
 )
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens", pytest.param("seq_idx", marks=slow)])
+@pytest.mark.parametrize("given", ["position_ids", *(pytest.param(g, marks=slow) for g in ("cu_seq_lens", "seq_idx"))])
 @pytest.mark.parametrize("make", [llama, *(pytest.param(m, marks=slow) for m in (qwen3, mistral, gemma3))])
 @pytest.mark.parametrize("examples", [False, pytest.param(True, marks=slow)], ids=["first forward", "examples"])
 @pytest.mark.usefixtures("flash")
@@ -135,6 +135,7 @@ def test_a_document_that_lost_all_its_tokens_merges_with_none(flash: Any) -> Non
     assert [ends for tokens, ends in flash if tokens == 5] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash")
 def test_rows_of_a_batch_are_whole_to_the_kernel() -> None:
     """Where there are several rows, transformers does not look in the positions, nor do we."""
@@ -147,7 +148,7 @@ def test_rows_of_a_batch_are_whole_to_the_kernel() -> None:
 
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("examples", [False, True])
-@pytest.mark.parametrize("make", [mistral, gemma3])
+@pytest.mark.parametrize("make", [mistral, pytest.param(gemma3, marks=slow)])
 def test_a_window_that_a_kernel_counts_is_refused(make: Callable[..., nn.Module], examples: bool) -> None:
     """The window of a layer that looks back no further than the sequence is long leaves nothing out."""
     inputs = packed(DOCUMENTS["four"], "position_ids")
@@ -166,6 +167,7 @@ def test_a_window_that_a_kernel_counts_is_refused(make: Callable[..., nn.Module]
         check(model, dense, DOCUMENTS["four"], inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash")
 def test_another_kernel_may_be_set_between_forwards() -> None:
     model, dense = made(llama, "sdpa")
@@ -173,6 +175,25 @@ def test_another_kernel_may_be_set_between_forwards() -> None:
     inputs = packed(DOCUMENTS["four"], "position_ids")
     check(model, dense, DOCUMENTS["four"], inputs)
     check(use_flash(model), dense, DOCUMENTS["four"], inputs)
+
+
+def by_positions(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, None]:
+    """An attention function of one's own: documents begin where positions are at their least."""
+    number = (given["position_ids"] == given["position_ids"].min()).cumsum(1)
+    allowed = (number[:, None, :, None] == number[:, None, None]) & torch.ones(q.shape[2], q.shape[2]).tril().bool()
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2), None
+
+
+@pytest.mark.parametrize(
+    "lengths", [DOCUMENTS["four"], *(pytest.param(d, marks=slow) for d in list(DOCUMENTS.values())[1:])]
+)
+def test_an_attention_function_of_ones_own_finds_documents_in_the_positions(lengths: list[int]) -> None:
+    transformers.AttentionInterface.register("by_positions", by_positions)
+    model, dense = made(llama, "by_positions")
+    ltd_fx.transform(model, LTDScheduler(7, S, 9))
+    check(model, dense, lengths, packed(lengths, "position_ids"))
+    check(model, dense, [S], packed([S], "position_ids"))
 
 
 @pytest.mark.parametrize("make", [mistral, pytest.param(gemma3, marks=slow)])
@@ -192,6 +213,7 @@ def test_flex_attention_knows_where_a_token_was(make: Callable[..., nn.Module]) 
     torch.testing.assert_close(ours, run_blocked(dense, every, allowed, inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_boundaries_that_are_given_take_two_graphs() -> None:
     model, _ = made(llama, "sdpa")
     scheduler = LTDScheduler(6, S, 6)

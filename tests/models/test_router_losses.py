@@ -105,6 +105,7 @@ def test_copies_count_their_own(how: Callable[[nn.Module], Any]) -> None:
     torch.testing.assert_close(out.aux_loss.detach(), expected(other, out, given, [0, 1, 2, 3]))
 
 
+@pytest.mark.slow
 def test_within_another_model_and_compiled() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

@@ -73,6 +73,7 @@ def test_it_costs_no_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_with_a_backend() -> None:
     backend = ltd_fx.backend(LTDScheduler(9, S, 20), inner="aot_eager")
     step = torch.compile(policy(), backend=backend, fullgraph=True)
