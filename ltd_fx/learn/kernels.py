@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from ltd_fx.runtime import attentions, is_flash, kernel_of
+from ltd_fx.runtime import attentions, is_flash, kernel_of, window_of
 from ltd_fx.torch_private import safe_softmax
 
 _FLEX = "flex_attention"
@@ -138,10 +138,12 @@ def _of_transformers(
 ) -> tuple[Tensor, None]:
     """Transformers' flash attention, ``[B, heads, S, D]`` to ``[B, S, heads, D]``.
 
-    The window is left out: a layer that drops tokens within one is refused by ``runtime.kernels``, at every length.
+    A window that ``runtime.kernels`` knows of is left out, for it is refused there by the length of a forward.
     """
     causal: bool = is_causal if is_causal is not None else module.is_causal  # type: ignore[assignment]
     how: dict[str, Any] = {"scale": scaling, "causal": causal, "softcap": softcap, "sinks": s_aux}
+    if sliding_window is not None and sliding_window != window_of(module):
+        how["window"] = (sliding_window - 1, sliding_window - 1)
     batch, _, length, _ = query.shape
     if attention_mask is not None:
         mask = attention_mask[:, -length:].bool()
@@ -152,7 +154,7 @@ def _of_transformers(
         documents = _numbers(cu_seq_lens_q, batch * length), _numbers(cu_seq_lens_k, batch * length)
         out = _attend(*rows, documents=documents, **how)[0].transpose(0, 1)
         return out.unflatten(0, (batch, length)), None
-    if batch == 1 and position_ids is not None and position_ids.ndim == 2 and causal:
+    if batch == 1 and position_ids is not None and position_ids.ndim == 2:
         number = (position_ids == position_ids.min()).cumsum(1)[0]
         how["documents"] = number, number
     return _attend(query, key, value, **how).transpose(1, 2), None

@@ -7,7 +7,7 @@ from ltd_fx.runtime.arguments import Aligned, gather_argument, gather_arguments,
 from ltd_fx.runtime.documents import BOUNDARIES
 from ltd_fx.runtime.draw import draw_tokens, hidden_shape
 from ltd_fx.runtime.hand_over import hand_over, rest_of, take_over
-from ltd_fx.runtime.kernels import attentions, is_flash, kernel_of
+from ltd_fx.runtime.kernels import attentions, is_flash, kernel_of, window_of
 from ltd_fx.runtime.packed import PACKED, hand_boundaries, restart_positions
 from ltd_fx.runtime.preferences import SAMPLING, Batch, Preferences, Protect
 from ltd_fx.runtime.ranks import gather_from_ranks

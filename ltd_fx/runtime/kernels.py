@@ -35,6 +35,14 @@ def is_unknown(kernel: str) -> bool:
     return kernel not in _BY_MASKS and not is_flash(kernel)
 
 
+def window_of(module: nn.Module) -> int | None:
+    """The window of one of them, where it is said as most of transformers' models do."""
+    if not getattr(module, "is_sliding", True):
+        return None
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return window if isinstance(window, int) else None
+
+
 def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None:
     """Raise :class:`LTDError` if a kernel counts a window among the tokens that it is given, of which some are dropped.
 
@@ -44,9 +52,8 @@ def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None
         seq_len: S; a window as long as that leaves nothing out.
     """
     for module in modules:
-        kernel = kernel_of(module)
-        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        if is_flash(kernel) and isinstance(window, int) and window < seq_len:
+        kernel, window = kernel_of(module), window_of(module)
+        if is_flash(kernel) and window is not None and window < seq_len:
             raise LTDError(
                 f"ltd_fx: {name} cannot be routed: its kernel ({kernel}) counts a window of "
                 f"{window} tokens among those it is given, and sequences have more, of which some are dropped; load "

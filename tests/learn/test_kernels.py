@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
 from ltd_fx.learn import kernels
+from ltd_fx.runtime import window_of
 
 B, H, S, D = 2, 4, 10, 8
 
@@ -93,6 +94,20 @@ def test_transformers_sinks_and_padding() -> None:
     for row, real, *given in zip(ours, mask.bool(), *(t.transpose(1, 2) for t in (q, k, v)), strict=True):
         theirs = by_hand(*given, placed() & real, sinks=sinks)
         torch.testing.assert_close(row, theirs * real[:, None, None])
+
+
+def test_transformers_windows() -> None:
+    """One that its module does not name is seen by nobody else; one that it names is refused by the length."""
+    q, k, v = tensors(B, H, S)
+    module = nn.Module()
+    module.is_causal, module.config = True, types.SimpleNamespace(sliding_window=5)  # type: ignore[assignment]
+    for said, window in ((3, (2, -1)), (5, (-1, -1))):
+        ours, _ = kernels._of_transformers(module, q, k, v, None, sliding_window=said)
+        for row, *given in zip(ours, *(t.transpose(1, 2) for t in (q, k, v)), strict=True):
+            torch.testing.assert_close(row, by_hand(*given, placed(window)))
+    assert window_of(module) == 5
+    module.is_sliding = False  # type: ignore[assignment]
+    assert window_of(module) is None
 
 
 # ---- layers that call a kernel themselves
