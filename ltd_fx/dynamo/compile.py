@@ -30,7 +30,7 @@ class Backend:
     def __init__(self, scheduler: LTDScheduler | None, inner: Inner, settings: Settings) -> None:
         settings.check(scheduler)
         if scheduler is not None:
-            scheduler._await()
+            scheduler._awaited = True
         self._scheduler, self._inner, self._settings = scheduler, inner, settings
         self._program: Program | None = None
         self._traced: Any = None  # The compilation that was asked to trace its frame again.

@@ -93,14 +93,13 @@ class RouteState:
                 raise LTDError(f"ltd_fx.transform: protect={protected} tokens do not fit the scheduler's {which}")
         self.preferences, self.protected = preferences, protected
 
-    def begin_step(self, step: int) -> None:
-        """Rebind the key for the first forward of ``step``.
-
-        Raises:
-            LTDError: draws are to stay the same.
-        """
+    def refuse_step(self) -> None:
+        """Raise :class:`LTDError` within :meth:`same_draws`."""
         if self._same:
             raise LTDError("ltd_fx.same_draws: the scheduler steps within it, and other lengths are other draws")
+
+    def begin_step(self, step: int) -> None:
+        """Rebind the key for the first forward of ``step``."""
         self.count_calls()
         self._step = step
         self.set_forward(0)

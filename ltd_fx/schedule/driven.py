@@ -18,6 +18,10 @@ class Driven(Protocol):
         """Whether ranks must agree at each load."""
         ...
 
+    def refuse_step(self) -> None:
+        """Raise ``LTDError`` where draws are to stay the same."""
+        ...
+
     def begin_step(self, step: int) -> None:
         """New draws, for the first forward of ``step``."""
         ...

@@ -147,6 +147,8 @@ class LTDScheduler:
 
     def step(self) -> None:
         """Go on by one training step; call it after ``optimizer.step()``."""
+        if self._state is not None:
+            self._state.refuse_step()
         if self._awaited:
             self._awaited = False
             warnings.warn(
@@ -166,6 +168,8 @@ class LTDScheduler:
             LTDError: ``global_step`` is no integer of 0 or more.
         """
         steps = _integer("global_step", global_step, 0)
+        if self._state is not None:
+            self._state.refuse_step()
         self._sums = {share: self._sum(steps, share) for share in self._lengths}
         self._step = steps
         self._refresh()
@@ -221,10 +225,6 @@ class LTDScheduler:
     def attached(self) -> bool:
         """Whether the scheduler drives a model that is transformed, or compiled with ``ltd_fx.backend``."""
         return self._state is not None or self._awaited
-
-    def _await(self) -> None:
-        """A model will be attached."""
-        self._awaited = True
 
     def _attach(self, state: Driven | None) -> None:
         """Drive ``state``'s model, whose layers read the lengths in ``state.lengths``; ``None``: no model."""

@@ -120,8 +120,11 @@ def test_there_must_be_a_forward_before_and_the_scheduler_stays() -> None:
     with none, ltd_fx.same_draws(model):
         pass
     model(torch.randn(2, 12, 16))
-    with ltd_fx.same_draws(model), pytest.raises(LTDError, match="the scheduler steps within it"):
-        scheduler.step()
+    before = scheduler.state_dict()
+    for go in (scheduler.step, lambda: scheduler.set_step(5)):
+        with ltd_fx.same_draws(model), pytest.raises(LTDError, match="the scheduler steps within it"):
+            go()
+        assert scheduler.state_dict() == before
     scheduler.step()
     with none, ltd_fx.same_draws(model):
         pass
