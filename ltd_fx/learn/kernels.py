@@ -134,6 +134,8 @@ def _of_transformers(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    max_length_q: Any = None,
+    max_length_k: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' flash attention, ``[B, heads, S, D]`` to ``[B, S, heads, D]``.
@@ -149,7 +151,8 @@ def _of_transformers(
         mask = attention_mask[:, -length:].bool()
         out = _attend(query, key, value, allowed=mask[:, None, None], **how).transpose(1, 2)
         return out * mask[..., None, None], None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    longest = max_length_q is not None and max_length_k is not None
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and longest:
         rows = (t.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for t in (query, key, value))
         documents = _numbers(cu_seq_lens_q, batch * length), _numbers(cu_seq_lens_k, batch * length)
         out = _attend(*rows, documents=documents, **how)[0].transpose(0, 1)

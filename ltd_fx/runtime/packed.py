@@ -60,7 +60,7 @@ def hand_boundaries(draw: Draw | None, extras: Mapping[str, Any], position_ids: 
     ):
         return extras
     looks = any(is_flash(kernel_of(module)) for module in draw.site.attentions)
-    if not looks or all(extras.get(name) is not None for name in _HANDED):
+    if not looks or all(extras.get(name) is not None for name in (*_HANDED, *_LONGEST)):  # It goes by all or none.
         return extras
     starts = draw.site.state.documents.starts_of(position_ids)
     ends = torch.cat([starts, starts.new_full((1,), draw.seq_len)]).to(torch.int32)
@@ -89,6 +89,5 @@ def restart_positions(draw: Draw | None, kept: Any, position_ids: Any, mask: Any
         return kept
     least = position_ids.min()
     number = _per_token(draw, (position_ids == least).cumsum(1)).contiguous()
-    return (torch.arange(number.shape[1], device=number.device) - torch.searchsorted(number, number) + least).to(
-        kept.dtype
-    )
+    places = torch.arange(number.shape[1], device=number.device) - torch.searchsorted(number, number)
+    return (places + least).to(kept.dtype)

@@ -73,6 +73,8 @@ def packed(lengths: list[int], given: str) -> dict[str, Any]:
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths)}
         inputs["max_length_k"] = max(lengths)
+    if given == "no longest":  # transformers goes by the positions then
+        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.tensor([0, S], dtype=torch.int32)
     if given == "seq_idx":
         number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         inputs["seq_idx"] = number[None].to(torch.int32)
@@ -94,7 +96,9 @@ def check(model: nn.Module, dense: nn.Module, lengths: list[int], inputs: dict[s
 @pytest.mark.parametrize(
     "lengths", [DOCUMENTS["four"], *(pytest.param(d, marks=slow) for d in list(DOCUMENTS.values())[1:])]
 )
-@pytest.mark.parametrize("given", ["position_ids", *(pytest.param(g, marks=slow) for g in ("cu_seq_lens", "seq_idx"))])
+@pytest.mark.parametrize(
+    "given", ["position_ids", *(pytest.param(g, marks=slow) for g in ("cu_seq_lens", "seq_idx", "no longest"))]
+)
 @pytest.mark.parametrize("make", [llama, *(pytest.param(m, marks=slow) for m in (qwen3, mistral, gemma3))])
 @pytest.mark.parametrize("examples", [False, pytest.param(True, marks=slow)], ids=["first forward", "examples"])
 @pytest.mark.usefixtures("flash")
