@@ -26,7 +26,7 @@ from ltd_fx.learn import (
     stream,
     structure,
 )
-from ltd_fx.prove.proof import FEWEST, prove, prove_alone, shows_nothing
+from ltd_fx.prove.proof import FEWEST, nobody_attends, prove, prove_alone, shows_nothing
 from ltd_fx.prove.rehearse import rehearse
 from ltd_fx.prove.verdict import Verdict
 from ltd_fx.runtime import Site
@@ -249,7 +249,7 @@ class Examination:
         """What the test and token flow say together."""
         pattern, proof = self.examine(layer, shared=shared, protected=protected)
         verdict = self._judge(layer, pattern, shared, protected)
-        if pattern == layer.pattern and not layer.vouched and shows_nothing(proof) and verdict == Verdict():
+        if pattern == layer.pattern and not layer.vouched and nobody_attends(proof) and verdict == Verdict():
             return pattern, replace(proof, status="proven", reason=""), verdict
         if proof.status == "tested" and verdict.unknown:  # The test alone decides, so it is made with more tokens.
             how = partial(prove_alone, layer.name, self._slots[layer.name], pattern, sandbox=self._sandbox)

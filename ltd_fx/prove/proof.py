@@ -118,7 +118,12 @@ def prove_alone(name: str, slot: nn.Module, pattern: LayerPattern, call: Call, *
 
 def shows_nothing(proof: Proof) -> bool:
     """Whether the numbers were not such as to show anything: little but padding, or documents of one token."""
-    return proof.reason == _TOO_FEW or proof.reason.startswith(_ALONE)
+    return proof.reason == _TOO_FEW or nobody_attends(proof)
+
+
+def nobody_attends(proof: Proof) -> bool:
+    """Whether each token saw itself alone."""
+    return proof.reason.startswith(_ALONE)
 
 
 class _WrongError(Exception):
