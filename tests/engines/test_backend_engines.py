@@ -36,6 +36,7 @@ def test_ddp(build: Any) -> None:
     assert {site.status for site in ltd_fx.summary(backend).sites if site.routed} == {"proven"}
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_the_parts_that_ddp_has_a_graph_split_into_are_refused() -> None:
     model, kibibyte = encoder(), 1 << 10
@@ -48,6 +49,7 @@ def test_the_parts_that_ddp_has_a_graph_split_into_are_refused() -> None:
         ddp(test_ddp_.batch(model, 0, 0, 0))
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_fsdp2_by_layers() -> None:
     """Its hooks make each layer a graph, which all of them share."""

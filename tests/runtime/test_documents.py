@@ -119,6 +119,7 @@ def test_through_a_model(name: str) -> None:
         assert not torch.equal(rows[0], rows[1])
 
 
+@pytest.mark.slow
 def test_one_graph_for_any_documents_and_length() -> None:
     scheduler = LTDScheduler(6, 2 * S, 9)
     model = ltd_fx.transform(Net().train(), scheduler, sampling="per_document")

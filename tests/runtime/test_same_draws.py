@@ -59,6 +59,7 @@ def test_the_ratio_of_an_unchanged_policy_is_one_to_the_bit() -> None:
         scheduler.step()
 
 
+@pytest.mark.slow
 def test_it_costs_no_graph() -> None:
     model = ltd_fx.transform(policy(), LTDScheduler(9, S, 20))
     counter = CompileCounterWithBackend("aot_eager")
