@@ -108,6 +108,10 @@ def test_kernels_are_given_the_kept_tokens_documents(
     model, dense = made(make, "flash")
     inputs = packed(lengths, given)
     scheduler = LTDScheduler(6, S, 4)
+    if make is gemma3 and max(lengths) == 1:  # Of a class that is not known, nothing can be learnt from such a row.
+        with pytest.raises(LTDError, match="no token attends to another"):
+            ltd_fx.transform(model, scheduler, example_inputs=inputs)
+        return
     ltd_fx.transform(model, scheduler, example_inputs=inputs if examples else None)
     for _ in range(3):
         check(model, dense, lengths, inputs)
