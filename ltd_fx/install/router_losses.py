@@ -19,6 +19,7 @@ from ltd_fx.learn import CallSite
 from ltd_fx.runtime import Site, sampled_indices
 
 _LOSS = "load_balancing_loss_func"  # transformers' name for it, in the files of its models
+_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 _RECORDED = "_can_record_outputs"  # what transformers' models collect of modules, by their class
 
 
@@ -34,11 +35,19 @@ def route_losses(root: nn.Module, rewrite: Routed) -> None:
     for module in root.modules():
         function = inspect.unwrap(type(module).forward)
         uses = _LOSS in getattr(getattr(function, "__code__", None), "co_names", ())
-        if uses and "forward" not in module.__dict__:
+        loss = getattr(function, "__globals__", {}).get(_LOSS) if uses else None
+        if _is_known(loss) and "forward" not in module.__dict__:
             routers = getattr((getattr(module, _RECORDED, None) or {}).get("router_logits"), "target_class", ())
             slots = {layer.name: root.get_submodule(layer.name) for layer in rewrite.layers}
             names = [name for name, slot in slots.items() if any(isinstance(part, routers) for part in slot.modules())]
             module.__dict__["forward"] = _Forward(module, rewrite, names)
+
+
+def _is_known(loss: Any) -> bool:
+    """Whether it counts over all layers at once. Some of transformers', and one of the user's own, do otherwise."""
+    if not getattr(loss, "__module__", "").startswith("transformers."):
+        return False
+    return tuple(inspect.signature(loss).parameters) == _ARGUMENTS
 
 
 def unroute_losses(root: nn.Module) -> None:
@@ -71,22 +80,20 @@ class _Forward:
 def _counting(loss: Callable[..., Any], rewrite: Routed, names: Sequence[str]) -> Callable[..., Any]:
     """``loss``, of the routers of the layers ``names``, in order."""
 
-    def counted(
-        gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Tensor | None = None, **others: Any
-    ) -> Any:
+    def counted(gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Tensor | None = None) -> Any:
         one_each = isinstance(gate_logits, tuple) and len(gate_logits) == len(names)
         if attention_mask is None or not one_each:
-            return loss(gate_logits, num_experts, top_k, attention_mask, **others)
+            return loss(gate_logits, num_experts, top_k, attention_mask)
         tokens = attention_mask.shape[0] * attention_mask.shape[1]
         fewer = [name for name, logits in zip(names, gate_logits, strict=True) if logits.shape[0] != tokens]
         if not fewer:
-            return loss(gate_logits, num_experts, top_k, attention_mask, **others)
+            return loss(gate_logits, num_experts, top_k, attention_mask)
         draws = sampled_indices(rewrite.sites)
         masks = [attention_mask.gather(1, draws[name]) if name in fewer else attention_mask for name in names]
         device = gate_logits[0].device
         # As one layer with as many tokens as all of them: it counts over all layers anyway.
         logits = torch.cat([each.to(device) for each in gate_logits])
-        return loss((logits,), num_experts, top_k, torch.cat([m.reshape(-1) for m in masks])[None], **others)
+        return loss((logits,), num_experts, top_k, torch.cat([m.reshape(-1) for m in masks])[None])
 
     return counted
 

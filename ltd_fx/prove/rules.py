@@ -51,6 +51,8 @@ def elementwise(op: Op) -> Any:
         counts = op.out.dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
         return operands[0] if counts else replace(operands[0], kind=Kind.POSITION, offset=None)
     if operands[0].kind is Kind.BOUNDARIES:  # Of another type, or a copy.
+        if op.out.dtype not in (torch.int32, torch.int64):
+            raise UnknownError("boundaries of documents are rounded")
         return operands[0]
     ranks = [value for value in operands if value.kind is Kind.RANK]
     axes = broadcast(operands)

@@ -67,6 +67,8 @@ def number_of_document(op: Op) -> Value:
     """
     boundaries = op.value("sorted_sequence" if op.name == "searchsorted" else "boundaries")
     places, right = op.value("self"), op["right"] or ("side" in op.names and op["side"] == "right")
+    if "sorter" in op.names and op.maybe("sorter") is not None:
+        raise UnknownError("places are looked up in an order of their own")
     factors = [factor for axis in places.axes for factor in axis]
     one_row = [factor.size for factor in factors] == [op.flow.length]
     if boundaries.kind is Kind.FIXED and places.kind in (Kind.FIXED, Kind.ROW) and not has_any_tokens(boundaries):

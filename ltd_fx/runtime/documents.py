@@ -39,7 +39,7 @@ class Documents:
         return self._found[1]
 
     def forget(self) -> None:
-        """The forward is over: its positions may be written into."""
+        """Another forward begins: positions may have been written into."""
         self._found = None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltd_fx.errors import LTDError
 from ltd_fx.runtime.documents import BOUNDARIES, NUMBERS
 from ltd_fx.runtime.kernels import is_flash, is_unknown, kernel_of
 from ltd_fx.runtime.records import Draw
@@ -19,7 +20,16 @@ def _kept_before(draw: Draw, ends: Tensor) -> Tensor:
     """Cumulative lengths ``[documents + 1]`` over all rows of the batch: how many kept tokens come before each.
 
     A document that has lost all its tokens has length zero: none merges with its neighbour.
+
+    Raises:
+        LTDError: they are of another form.
     """
+    if ends.ndim != 1:
+        raise LTDError(
+            f"ltd_fx: {draw.site.name}: boundaries of documents must be cumulative lengths [documents + 1] over all "
+            f"rows of the batch, but are of shape {tuple(ends.shape)}; give the argument another name, or list it in "
+            "`aligned` of the layer's LayerPattern"
+        )
     starts = draw.seq_len * torch.arange(draw.batch, device=draw.indices.device)
     rows = (starts[:, None] + draw.indices).flatten()  # They are ascending.
     return torch.searchsorted(rows, ends.to(rows.dtype)).to(ends.dtype)

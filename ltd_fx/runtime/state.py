@@ -126,6 +126,7 @@ class RouteState:
         parameter = next(root.parameters(), None)
         if parameter is not None and parameter.device != self.device:
             self._move(parameter.device)
+        self.documents.forget()
         self._advance()
         self.under_way, self._grad = True, torch.is_grad_enabled()
 
@@ -148,6 +149,7 @@ class RouteState:
             )
         if not torch.compiler.is_compiling():
             self.warn_untested("where the model's forward, or a layer, is called past the model's own call")
+        self.documents.forget()
         self._advance()
         self._grad = True
 
@@ -191,9 +193,10 @@ class RouteState:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """As if a forward of the root were under way; its draws are nobody's, and nothing is known of its batch."""
-        names = ("key", "batch", "under_way", "warned", "_grad", "_recomputes")
+        names = ("key", "batch", "documents", "under_way", "warned", "_grad", "_recomputes")
         before = {name: getattr(self, name) for name in names}
-        self.batch, self.under_way, self.warned, self._recomputes = Batch(), True, True, Recomputes()
+        self.batch, self.documents, self.under_way, self.warned = Batch(), Documents(), True, True
+        self._recomputes = Recomputes()
         try:
             yield
         finally:
@@ -202,7 +205,6 @@ class RouteState:
     def end_forward(self) -> None:
         """A training forward of the root is over."""
         self.under_way = False
-        self.documents.forget()
 
     def count_calls(self) -> None:
         """Layers that a forward called more often than any before it count as often in layer tokens."""
@@ -274,7 +276,7 @@ class RouteState:
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: without the batch and the process group."""
-        return {**self.__dict__, "batch": Batch(), "mesh": None}
+        return {**self.__dict__, "batch": Batch(), "documents": Documents(), "mesh": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
-from ltd_fx.learn import kernels
+from ltd_fx.learn import kernels, plain_attention
 from ltd_fx.runtime import window_of
 
 B, H, S, D = 2, 4, 10, 8
@@ -50,7 +50,7 @@ def placed(window: tuple[int, int] = (-1, -1), causal: bool = True, number: Tens
 @pytest.mark.parametrize("window", [(-1, -1), (3, 0), (2, 1)])
 def test_flash_attn_func(causal: bool, window: tuple[int, int]) -> None:
     (q,), (k, v) = tensors(B, S, H, count=1), tensors(B, S, 2, count=2)
-    ours = kernels._flash(q, k, v, causal=causal, window_size=window, softcap=1.5)
+    ours = plain_attention._flash(q, k, v, causal=causal, window_size=window, softcap=1.5)
     theirs = [
         by_hand(*rows, placed(window, causal), lambda s: 1.5 * (s / 1.5).tanh()) for rows in zip(q, k, v, strict=True)
     ]
@@ -61,10 +61,10 @@ def test_documents_of_varlen_kernels() -> None:
     q, k, v = tensors(S, H)
     number, ends = torch.tensor([0] * 3 + [1] + [3] * 6), torch.tensor([0, 3, 4, 4, 10], dtype=torch.int32)
     theirs = by_hand(q, k, v, placed(number=number))
-    torch.testing.assert_close(kernels._flash_varlen(q, k, v, ends, ends, 6, 6, causal=True), theirs)
-    torch.testing.assert_close(kernels._torch_varlen(q, k, v, ends, ends, 6, 6, window_size=(-1, 0)), theirs)
+    torch.testing.assert_close(plain_attention._flash_varlen(q, k, v, ends, ends, 6, 6, causal=True), theirs)
+    torch.testing.assert_close(plain_attention._torch_varlen(q, k, v, ends, ends, 6, 6, window_size=(-1, 0)), theirs)
     slopes = torch.rand(H)
-    sloped = kernels._flash_varlen(q, k, v, ends, ends, 6, 6, alibi_slopes=slopes)
+    sloped = plain_attention._flash_varlen(q, k, v, ends, ends, 6, 6, alibi_slopes=slopes)
     distance = (torch.arange(S)[:, None] - torch.arange(S)).abs()
     bias = (-slopes[:, None, None] * distance).masked_fill(number[:, None] != number, -torch.inf)
     expected = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), attn_mask=bias.double())
@@ -80,7 +80,7 @@ def test_flex_attention_with_scores_and_a_mask() -> None:
     mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 5 + b), B, None, 16, 16, device="cpu")
     with torch.no_grad():
         theirs = flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=0.4)
-    ours = kernels._flex(q, k, v, score, mask, 0.4)
+    ours = plain_attention._flex(q, k, v, score, mask, 0.4)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -90,7 +90,7 @@ def test_transformers_sinks_and_padding() -> None:
     module.is_causal = True  # type: ignore[assignment]
     mask = torch.ones(B, S)
     mask[1, :4] = 0
-    ours, _ = kernels._of_transformers(module, q, k, v, mask, s_aux=sinks)
+    ours, _ = plain_attention._of_transformers(module, q, k, v, mask, s_aux=sinks)
     for row, real, *given in zip(ours, mask.bool(), *(t.transpose(1, 2) for t in (q, k, v)), strict=True):
         theirs = by_hand(*given, placed() & real, sinks=sinks)
         torch.testing.assert_close(row, theirs * real[:, None, None])
@@ -102,12 +102,38 @@ def test_transformers_windows() -> None:
     module = nn.Module()
     module.is_causal, module.config = True, types.SimpleNamespace(sliding_window=5)  # type: ignore[assignment]
     for said, window in ((3, (2, -1)), (5, (-1, -1))):
-        ours, _ = kernels._of_transformers(module, q, k, v, None, sliding_window=said)
+        ours, _ = plain_attention._of_transformers(module, q, k, v, None, sliding_window=said)
         for row, *given in zip(ours, *(t.transpose(1, 2) for t in (q, k, v)), strict=True):
             torch.testing.assert_close(row, by_hand(*given, placed(window)))
     assert window_of(module) == 5
     module.is_sliding = False  # type: ignore[assignment]
     assert window_of(module) is None
+
+
+def test_other_interfaces() -> None:
+    """FlashAttention 3 has another order of arguments; xformers has a bias in place of a mask."""
+    q, k, v = tensors(B, S, H)
+    theirs = torch.stack([by_hand(*rows, placed()) for rows in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(plain_attention._flash3(q, k, v, D**-0.5, True), theirs)
+    triangle = type("LowerTriangularMask", (), {})()
+    torch.testing.assert_close(plain_attention._xformers(q, k, v, triangle), theirs)
+    bias = torch.zeros(S, S, dtype=torch.float64).masked_fill(~placed(), -torch.inf)
+    torch.testing.assert_close(plain_attention._xformers(q, k, v, bias), theirs)
+
+
+def test_arguments_that_are_not_known_are_refused() -> None:
+    q, k, v = tensors(B, S, H)
+    ends = torch.tensor([0, S], dtype=torch.int32)
+    plain_attention._flash(q, k, v, causal=True, deterministic=True, return_attn_probs=False)
+    for call in (
+        lambda: plain_attention._flash3(q, k, v, causal=True, attention_chunk=4),
+        lambda: plain_attention._flash(q, k, v, return_attn_probs=True),
+        lambda: plain_attention._torch_varlen(q[0], k[0], v[0], ends, ends, S, S, seqused_k=ends),
+        lambda: plain_attention._flex(q, k, v, return_lse=True),
+        lambda: plain_attention._xformers(q, k, v, object()),
+    ):
+        with pytest.raises(NotImplementedError, match="ltd_fx does not know"):
+            call()
 
 
 # ---- layers that call a kernel themselves

@@ -204,6 +204,24 @@ def test_an_attention_function_of_ones_own_finds_documents_in_the_positions(leng
     check(model, dense, [S], packed([S], "position_ids"))
 
 
+def flash_by_distance(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any
+) -> tuple[Tensor, None]:
+    place = torch.arange(q.shape[2])
+    bias = -0.1 * (place[:, None] - place).abs() + torch.ones(len(place), len(place)).tril().log()
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    return out.transpose(1, 2), None
+
+
+def test_a_function_is_not_known_by_its_name_alone() -> None:
+    """One that a user registered as some flash attention is what is shown right or wrong, not transformers' own."""
+    transformers.AttentionInterface.register("my_flash", flash_by_distance)
+    model, _ = made(llama, "my_flash")
+    with pytest.raises(LTDError, match="cannot be routed"):
+        ltd_fx.transform(model, LTDScheduler(9, S, 9), example_inputs=packed([S], "position_ids"))
+
+
 @pytest.mark.parametrize("make", [mistral, pytest.param(gemma3, marks=slow)])
 def test_flex_attention_knows_where_a_token_was(make: Callable[..., nn.Module]) -> None:
     """A window over the tokens of the whole row, within documents."""

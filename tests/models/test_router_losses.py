@@ -129,3 +129,14 @@ def test_within_another_model_and_compiled() -> None:
         twin._ltd_rewrite.state.scheduler.step()
     ltd_fx.restore(model)
     assert "forward" not in model.inner.__dict__
+
+
+def test_losses_that_count_otherwise_are_left_alone() -> None:
+    """Switch's takes other arguments: a model of its layers that see all tokens computes it as before."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 4}
+    config = transformers.SwitchTransformersConfig(
+        **sizes, num_layers=4, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0, decoder_start_token_id=0
+    )
+    model = transformers.SwitchTransformersForConditionalGeneration(config).train()
+    ltd_fx.transform(model, LTDScheduler(7, S, 4), layers=r"encoder\.block\.\d+")
+    assert "forward" not in model.__dict__
