@@ -255,6 +255,31 @@ def test_boundaries_by_another_name() -> None:
         ltd_fx.transform(Net(Varlen, window=(3, 0)), example_inputs=given)
 
 
+class Looking(Layer):
+    """Looks documents up by itself."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = self.inputs(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        ends = cu_seqlens.to(self.how.get("dtype", torch.int64))
+        number = torch.searchsorted(ends, torch.arange(x.shape[1]), right=self.how.get("right", True))
+        mask = number[:, None] == number
+        return x + self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("how", "status"), [({}, "proven"), ({"dtype": torch.float16}, "tested"), ({"right": False}, "")]
+)
+def test_places_are_looked_up_among_exact_boundaries(how: dict[str, Any], status: str) -> None:
+    """Half precision rounds them from 2049 on; from the left, a dropped first token's place is the next one's."""
+    given = {"x": torch.randn(1, S, 16), "cu_seqlens": torch.tensor([0, 3, 4, S], dtype=torch.int32)}
+    if not status:
+        with pytest.raises(LTDError, match="cannot be routed"):
+            ltd_fx.transform(Net(Looking, **how), example_inputs=given)
+        return
+    model = ltd_fx.transform(Net(Looking, **how), example_inputs=given)
+    assert [site.status for site in ltd_fx.summary(model).sites if site.routed] == [status] * 2
+
+
 @pytest.mark.usefixtures("package")
 def test_other_threads_keep_their_kernel() -> None:
     seen: list[Tensor] = []

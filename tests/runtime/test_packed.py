@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ltd_fx
+from ltd_fx.runtime import Draw, RouteState, Site, gather_extra
 
 B, S, D = 2, 16, 16
 # a document of one token, and one that is a whole row
@@ -70,3 +71,11 @@ def test_compiled_once_for_any_number_of_documents() -> None:
         inputs = batch(lengths)
         torch.testing.assert_close(step(**inputs), twin(**inputs))
     assert counter.frame_count <= 2
+
+
+def test_boundaries_of_another_form_are_refused() -> None:
+    state = RouteState(None, seed=0, shared=False, routed=1, dense=0)
+    draw = Draw(Site("layers.1", 0, nn.Identity(), state), torch.tensor([[0, 2], [1, 3]]), B, 4)
+    assert gather_extra(draw, torch.tensor([0, 1, 4, 8]), "cu_seqlens").tolist() == [0, 1, 2, 4]
+    with pytest.raises(ltd_fx.LTDError, match=r"layers\.1: .* lengths \[documents \+ 1\].*shape \(2, 3\)"):
+        gather_extra(draw, torch.tensor([[0, 1, 4], [0, 2, 4]]), "cu_seqlens")
