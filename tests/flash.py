@@ -88,9 +88,9 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     return CALLS
 
 
-def use_flash(model: torch.nn.Module) -> torch.nn.Module:
-    """As if the model had been loaded with it, where the package need not be there."""
+def use_flash(model: torch.nn.Module, name: str = "flash_attention_2") -> torch.nn.Module:
+    """As if the model had been loaded with it: transformers would look for the package, or for a kernel of the hub."""
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation_internal = "flash_attention_2"  # type: ignore[union-attr]
+            module.config._attn_implementation_internal = name  # type: ignore[union-attr]
     return model

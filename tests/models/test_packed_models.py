@@ -217,7 +217,7 @@ def flash_by_distance(
 def test_a_function_is_not_known_by_its_name_alone() -> None:
     """One that a user registered as some flash attention is what is shown right or wrong, not transformers' own."""
     transformers.AttentionInterface.register("my_flash", flash_by_distance)
-    model, _ = made(llama, "my_flash")
+    model = use_flash(llama().train(), "my_flash")
     with pytest.raises(LTDError, match="cannot be routed"):
         ltd_fx.transform(model, LTDScheduler(9, S, 9), example_inputs=packed([S], "position_ids"))
 
