@@ -102,7 +102,7 @@ def test_it_trains_as_the_transformed_model_does(way: str) -> None:
         slow({"skip_first": 0, "skip_last": 2}),
         slow({"protect": 4}),
         slow({"protect": lambda positions: positions % 5 == 0}),
-        {"routes": [(1, 2, 0.5)]},
+        slow({"routes": [(1, 2, 0.5)]}),
         slow({"keep": {"layers.1": 0.25}}),
         slow({"layers": r"layers\.[123]"}),
     ],

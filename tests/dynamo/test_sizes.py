@@ -42,7 +42,7 @@ def streams(batch: int, length: int) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "inputs", "sizes"),
     [
-        (Net, ids, [(9, 9), (3, 9), (9, 12)]),
+        pytest.param(Net, ids, [(9, 9), (3, 9), (9, 12)], marks=pytest.mark.slow),
         pytest.param(Net, ids, [(1, 20), (2, 20), (1, 16)], marks=pytest.mark.slow),
         (Streams, streams, [(3, D), (D, D), (2, 12)]),
     ],
@@ -61,7 +61,7 @@ def test_sizes_that_are_equal_are_told_apart(make: Any, inputs: Any, sizes: Any,
     assert [site.status for site in ltd_fx.summary(backend).sites if site.routed] == ["proven", "proven"]
 
 
-@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("ours", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_that_is_gone_leaves_no_weights(ours: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = Net().train()
     backend: Any = ltd_fx.backend(inner="aot_eager") if ours else "aot_eager"

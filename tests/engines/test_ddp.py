@@ -94,7 +94,7 @@ def routed(model: nn.Module) -> tuple[nn.Module, LTDScheduler]:
 
 
 @pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("checkpoint", [None, pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("checkpoint", [None, *(pytest.param(c, marks=pytest.mark.slow) for c in (False, True))])
 @on_ranks(2)
 def test_ddp(checkpoint: bool | None, static_graph: bool) -> None:
     model = llama()

@@ -60,7 +60,7 @@ def assert_trains_as_expected(model: nn.Module, scheduler: LTDScheduler, build: 
 
 
 @pytest.mark.parametrize("checkpoint", [None, pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", [pytest.param("before", marks=pytest.mark.slow), "after"])
 @on_ranks(2)
 def test_fully_shard(order: str, checkpoint: bool | None) -> None:
     model = llama()
