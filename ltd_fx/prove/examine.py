@@ -165,10 +165,12 @@ class Examination:
         """The layer's pattern, inferred where none is known, and its proof.
 
         Raises:
-            LTDError: the layer was never called, or nothing about it can be inferred.
+            LTDError: the layer was not called, or nothing about it can be inferred.
         """
         if layer.name not in self.first_calls:
-            raise LTDError(f"ltd_fx: {layer.name} is never called; leave it out with transform(..., layers=...)")
+            raise LTDError(
+                f"ltd_fx: {layer.name} is not called here; pass example_inputs that call it, or leave it out"
+            )
         best: tuple[LayerPattern, Proof] | None = None
         failure = ""
         for pattern, learnt in self._hypotheses(layer):

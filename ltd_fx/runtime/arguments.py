@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ltd_fx.errors import LTDError
@@ -204,6 +204,10 @@ def _rebuild(draw: Draw, mask: BlockMask, name: str) -> BlockMask:
         )
     indices, keep = draw.indices, draw.indices.shape[1]
     shared, full = indices.shape[0] == 1, mask.mask_mod
+    if indices.device.type == "cpu":
+        # Inductor's C++ template garbles a symbolic size of what a mask looks up (pytorch 2.14). Sorted, for it misses
+        # writes into a buffer of that length, and takes no padding that it fused.
+        indices = nn.functional.pad(indices, (0, draw.seq_len - keep), value=draw.seq_len - 1).sort(dim=1).values
 
     def kept(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         row = indices[0] if shared else indices[b]

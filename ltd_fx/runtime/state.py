@@ -168,8 +168,9 @@ class RouteState:
         if whole is not None and all((length.published or 0) >= whole for length in self.lengths.values()):
             return
         raise LTDError(
-            f"ltd_fx: {name} is given a key-value cache with tokens in training mode, of which routed layers would "
-            "have those only that they kept; call model.eval() before generating, and train without a cache"
+            f"ltd_fx: {name} is given a key-value cache with tokens (a prefix, or those generated so far) in training "
+            "mode, of which routed layers would have those only that they kept; call model.eval() before generating, "
+            "and train without a cache"
         )
 
     @contextmanager

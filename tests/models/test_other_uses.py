@@ -13,7 +13,7 @@ import ltd_fx
 from ltd_fx import LayerPattern, LTDError, LTDScheduler
 
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-CACHE = "is given a key-value cache with tokens in training mode.*model.eval\\(\\) before generating"
+CACHE = "is given a key-value cache with tokens .*in training mode.*model.eval\\(\\) before generating"
 
 
 def language(build: Any = None, **options: Any) -> tuple[Any, LTDScheduler]:
