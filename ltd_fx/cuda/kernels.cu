@@ -11,11 +11,11 @@ typedef long long i64;
 
 struct Sample {
     const i64* key;            // []
-    const i64* site;           // []
+    const i64* site;           // [] or [sites]
     const i64* rank;           // [rows | 1, seq_len] of -1, 0 or 1; or null
-    i64* indices;              // [rows, keep], ascending
+    i64* indices;              // [sites, rows, keep], ascending
     i64 rank_row, rank_token;  // strides of rank in elements, 0 where one row serves all
-    i64 seq_len, keep;
+    i64 rows, seq_len, keep;
 };
 
 __device__ inline u32 mix(u32 x) {
@@ -30,11 +30,12 @@ struct Order {
     const i64* rank;
     i64 rank_token;
 
-    __device__ Order(const Sample& a, u32 row) : left(0), right(0), rank(a.rank), rank_token(a.rank_token) {
+    __device__ Order(const Sample& a, u32 block) : left(0), right(0), rank(a.rank), rank_token(a.rank_token) {
         const u64 key = *a.key;
+        const u32 site = block / (u32)a.rows, row = block % (u32)a.rows;
         absorb((u32)key, 0x9E3779B9u);
         absorb((u32)(key >> 32), 0x85EBCA6Bu);
-        absorb((u32)*a.site, 0xC2B2AE35u);
+        absorb((u32)a.site[site], 0xC2B2AE35u);
         absorb(row, 0x27D4EB2Fu);
         absorb(0, 0x165667B1u);
         if (rank) rank += row * a.rank_row;

@@ -21,7 +21,7 @@ _PTR, _I64, _U32 = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint
 class SampleArgs(ctypes.Structure):
     _fields_ = [
         *((name, _PTR) for name in ("key", "site", "rank", "indices")),
-        *((name, _I64) for name in ("rank_row", "rank_token", "seq_len", "keep")),
+        *((name, _I64) for name in ("rank_row", "rank_token", "rows", "seq_len", "keep")),
     ]
 
 
@@ -72,15 +72,16 @@ class MaskArgs(ctypes.Structure):
 def sample_tokens(
     kernels: Kernels, key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    """:func:`ltd_fx.ops.sampling.sample`, one block a row."""
-    indices = key.new_empty((rows, keep))
+    """:func:`ltd_fx.ops.sampling.sample`, one block a row of a site."""
+    indices = key.new_empty((*site.shape, rows, keep))
     if indices.numel() == 0:
         return indices
-    args = SampleArgs(key.data_ptr(), site.data_ptr(), None, indices.data_ptr(), 0, 0, seq_len, keep)
+    site = site.contiguous()
+    args = SampleArgs(key.data_ptr(), site.data_ptr(), None, indices.data_ptr(), 0, 0, rows, seq_len, keep)
     if rank is not None:
         args.rank = rank.data_ptr()
         args.rank_row, args.rank_token = rank.stride(0) if rank.shape[0] > 1 else 0, rank.stride(1)
-    kernels.launch("sample_tokens", args, (rows, 1, 1), (THREADS if seq_len <= 8192 else 1024, 1, 1))
+    kernels.launch("sample_tokens", args, (rows * site.numel(), 1, 1), (THREADS if seq_len <= 8192 else 1024, 1, 1))
     return indices
 
 

@@ -51,16 +51,16 @@ def _mix(x: Any) -> Any:
 
 
 def hashes(key: Tensor, site: Tensor, rows: int, seq_len: int) -> Tensor:
-    """``[rows, seq_len]`` int64, the tokens' 32-bit hashes; arguments as :func:`sample`."""
+    """``[N, rows, seq_len]`` int64 (no N for one site), the tokens' 32-bit hashes; arguments as :func:`sample`."""
     row = torch.arange(rows, device=key.device)
     token = torch.arange(seq_len, device=key.device)
     # A two-word Feistel network absorbs the 64 bits of the key, the site and the row: distinct inputs keep distinct
     # 64-bit states, so streams of different rows do not collide the way 32-bit seeds would.
     left, right = torch.zeros_like(row), torch.zeros_like(row)
-    words = (key & _MASK32, (key >> 32) & _MASK32, site & _MASK32, row, torch.zeros_like(row))
+    words = (key & _MASK32, (key >> 32) & _MASK32, site[..., None] & _MASK32, row, torch.zeros_like(row))
     for word, increment in zip(words, _INCREMENTS, strict=True):
         left, right = right ^ _mix(((left ^ word) + increment) & _MASK32), left
-    hashed: Tensor = _mix(_mix((token + left[:, None]) & _MASK32) ^ right[:, None])
+    hashed: Tensor = _mix(_mix((token + left[..., None]) & _MASK32) ^ right[..., None])
     return hashed
 
 
@@ -69,14 +69,14 @@ def sample(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int, rank: 
 
     Args:
         key: ``[]`` int64, the forward's key (see :func:`draw_key`).
-        site: ``[]`` int64, the routed layer's number.
+        site: ``[]`` int64, the routed layer's number; or ``[N]`` those of several, which draw together.
         rows: how many independent subsets.
         seq_len: S, the number of tokens to choose from.
         keep: k, the number of tokens to choose, ``0 <= k <= S``.
         rank: ``[rows | 1, S]`` int64 of -1, 0 or 1: those of lower rank are chosen first, by chance within a rank.
 
     Returns:
-        ``[rows, keep]`` int64 on the key's device, ascending and unique in each row.
+        ``[rows, keep]`` or ``[N, rows, keep]`` int64 on the key's device, ascending and unique in each row.
     """
     ranked = (hashes(key, site, rows, seq_len) << _TOKEN_BITS) | torch.arange(seq_len, device=key.device)
     if rank is not None:
@@ -91,24 +91,26 @@ def sample_on_cpu(key: Tensor, site: Tensor, rows: int, seq_len: int, keep: int,
     Hashes in 32 bits and in place, and the keep-th smallest by partition, linear in S; nothing is sorted, for the
     tokens are in order already.
     """
-    if rows * keep == 0:
-        return torch.empty((rows, keep), dtype=torch.int64)
+    count = rows * site.numel()
+    if count * keep == 0:
+        return torch.empty((*site.shape, rows, keep), dtype=torch.int64)
     number, left, right = int(key), 0, 0
-    for word, increment in zip((number, number >> 32, int(site)), _INCREMENTS, strict=False):
+    for word, increment in zip((number, number >> 32), _INCREMENTS, strict=False):
         left, right = right ^ _mix(((left ^ (word & _MASK32)) + increment) & _MASK32), left
-    lefts, rights = np.full((2, rows), [[left], [right]], np.uint32)
     row = np.arange(rows, dtype=np.uint32)
-    for words, increment in zip((row, np.zeros_like(row)), _INCREMENTS[3:], strict=True):
+    lefts, rights = np.full(rows, left, np.uint32), np.full(rows, right, np.uint32)
+    absorbed = (site.numpy()[..., None].astype(np.uint32), row, np.zeros_like(row))
+    for words, increment in zip(absorbed, _INCREMENTS[2:], strict=True):
         lefts, rights = rights ^ _mix_in_place((lefts ^ words) + np.uint32(increment)), lefts
-    hashed = np.arange(seq_len, dtype=np.uint32) + lefts[:, None]
-    hashed = _mix_in_place(np.bitwise_xor(_mix_in_place(hashed), rights[:, None], out=hashed))
+    hashed = np.arange(seq_len, dtype=np.uint32) + lefts[..., None]
+    hashed = _mix_in_place(np.bitwise_xor(_mix_in_place(hashed), rights[..., None], out=hashed))
     ranked: NDArray[Any] = hashed
     if rank is not None:
         ranked = hashed + ((rank.numpy() + 1).astype(np.uint64) << np.uint64(32))
-    last = np.partition(ranked, keep - 1, axis=1)[:, keep - 1 : keep]
-    indices = np.flatnonzero(ranked <= last).reshape(rows, keep)
-    indices -= np.arange(rows)[:, None] * seq_len
-    return torch.from_numpy(indices)
+    last = np.partition(ranked, keep - 1, axis=-1)[..., keep - 1 : keep]
+    indices = np.flatnonzero(ranked <= last).reshape(count, keep)
+    indices -= np.arange(count)[:, None] * seq_len
+    return torch.from_numpy(indices.reshape(*site.shape, rows, keep))
 
 
 def _mix_in_place(x: NDArray[np.uint32]) -> NDArray[np.uint32]:

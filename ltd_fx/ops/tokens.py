@@ -36,10 +36,13 @@ def require(condition: Any, message: Callable[[], str]) -> None:
 
 
 def check_sample(key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None) -> None:
-    scalars = key.ndim == 0 and site.ndim == 0 and key.dtype == site.dtype == torch.int64
+    scalars = key.ndim == 0 and site.ndim <= 1 and key.dtype == site.dtype == torch.int64
     require(
         scalars,
-        lambda: f"key and site must be 0-dim int64, got {key.ndim}-dim {key.dtype}, {site.ndim}-dim {site.dtype}",
+        lambda: (
+            f"key and site must be 0-dim int64 (site 1-dim, too), got {key.ndim}-dim {key.dtype}, "
+            f"{site.ndim}-dim {site.dtype}"
+        ),
     )
     require(batch >= 0, lambda: f"batch must not be negative, got {batch}")
     require(keep >= 0, lambda: f"keep must not be negative, got {keep}")
@@ -134,14 +137,14 @@ def _sample_fake(
     key: Tensor, site: Tensor, like: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
     check_sample(key, site, batch, seq_len, keep, rank)
-    return key.new_empty((batch, keep))
+    return key.new_empty((*site.shape, batch, keep))
 
 
 @torch.library.register_fake("ltd_fx::_sample_on_cpu", lib=lib)
 def _sample_on_cpu_fake(
     key: Tensor, site: Tensor, batch: int, seq_len: int, keep: int, rank: Tensor | None = None
 ) -> Tensor:
-    return key.new_empty((batch, keep))
+    return key.new_empty((*site.shape, batch, keep))
 
 
 @torch.library.register_fake("ltd_fx::gather_tokens", lib=lib)
@@ -227,7 +230,7 @@ def _sample_vmap(
         dim = in_dims[6] if len(in_dims) > 6 else None
         rank = to_front(rank, dim, size).expand(size, batch, seq_len).flatten(0, 1)
     rows = torch.ops.ltd_fx.sample_tokens(key, site, like, size * batch, seq_len, keep, rank)
-    return rows.unflatten(0, (size, batch)), 0
+    return rows.unflatten(-2, (size, batch)), site.ndim
 
 
 @torch.library.register_vmap("ltd_fx::gather_tokens", lib=lib)

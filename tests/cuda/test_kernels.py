@@ -108,6 +108,13 @@ def check(kernels: Emulated, sizes: tuple[int, ...], memory: str, dtype: torch.d
         assert merged.is_contiguous()
 
 
+def test_samples_of_several_sites(kernels: Emulated) -> None:
+    sites, rank = torch.tensor([3, 0, 7, 2**31 + 5])[::2], torch.randint(-1, 2, (3, 40))
+    for sites in (sites, sites[:0]):
+        args = KEY, sites, 3, 40, 7, rank
+        assert same(launch.sample_tokens(kernels, *args), sample(*args))
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_rows_in_any_memory(sizes: tuple[int, ...], memory: str, kernels: Emulated) -> None:

@@ -21,7 +21,7 @@ static void check_sample(u32 rows, i64 seq_len, i64 keep, bool ranked, unsigned 
     const i64 key = -(1LL << 40) - 7, site = 3;
     std::vector<i64> rank(ranked ? rows * seq_len : 0), indices(rows * keep, -1);
     for (size_t i = 0; i < rank.size(); ++i) rank[i] = (i64)(mix(i) % 3) - 1;
-    const Sample args{&key, &site, ranked ? rank.data() : nullptr, indices.data(), seq_len, 1, seq_len, keep};
+    const Sample args{&key, &site, ranked ? rank.data() : nullptr, indices.data(), seq_len, 1, rows, seq_len, keep};
     const unsigned grid[] = {rows, 1, 1}, block[] = {threads, 1, 1};
     emulate::run(grid, block, [=] { sample_tokens(args); });
     for (u32 row = 0; row < rows; ++row) {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from ltd_fx.errors import LTDError
 from ltd_fx.ops.sampling import draw_key, hashes, sample, sample_on_cpu
 
 P = 1e-3
@@ -88,6 +89,22 @@ def test_the_cpu_draws_as_all_devices_do(sizes, rank_rows):
     for key, site in itertools.product((0, -1, 2**63 - 1, draw_key(3, 10**9)), (0, 77)):
         args = torch.tensor(key), torch.tensor(site), *sizes, rank
         assert torch.equal(sample_on_cpu(*args), sample(*args))
+
+
+@pytest.mark.parametrize("rank_rows", [None, 1, 3])
+def test_sites_draw_together_as_each_does(rank_rows):
+    key, sites = torch.tensor(2**40 + 9), torch.tensor([5, 0, 2**17, 5])
+    rank = None if rank_rows is None else torch.randint(-1, 2, (rank_rows, 20))
+    each = torch.stack([torch.from_numpy(np.array(reference(int(key), int(s), 3, 20, 6))) for s in sites])
+    for draw in (sample, sample_on_cpu, lambda *args: torch.ops.ltd_fx.sample_tokens(*args[:2], key, *args[2:])):
+        together = draw(key, sites, 3, 20, 6, rank)
+        assert together.shape == (4, 3, 6)
+        assert torch.equal(together, torch.stack([sample(key, site, 3, 20, 6, rank) for site in sites]))
+        if rank is None:
+            assert torch.equal(together, each)
+        assert draw(key, sites[:0], 3, 20, 6, rank).shape == (0, 3, 6)
+    with pytest.raises(LTDError, match="site 1-dim, too"):
+        torch.ops.ltd_fx.sample_tokens(key, sites[None], key, 3, 20, 6)
 
 
 def test_no_two_tokens_of_a_row_have_the_same_hash():
