@@ -157,6 +157,11 @@ def in_backward() -> bool:
 # ---- Dynamo
 
 
+def is_transforming() -> bool:
+    """Whether a transformation of ``torch.func`` is under way."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def is_exporting() -> bool:
     """``torch.compiler.is_exporting()``, which the Dynamo of torch 2.11 answers with True in every compilation."""
     return torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)

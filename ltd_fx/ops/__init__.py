@@ -13,4 +13,13 @@ from ltd_fx.ops.arguments import (
 )
 from ltd_fx.ops.lowering import register_inductor_decompositions
 from ltd_fx.ops.sampling import draw_key, hashes
-from ltd_fx.ops.tokens import check_indices, check_kept, check_sample, gather_kernel, lib, sample_kernel, scatter_kernel
+from ltd_fx.ops.tokens import (
+    check_indices,
+    check_kept,
+    check_sample,
+    flat_rows,
+    gather_kernel,
+    lib,
+    sample_kernel,
+    scatter_kernel,
+)

@@ -125,7 +125,7 @@ def scatter_kernel(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: b
     seq_len = hidden.shape[1 if batch_first else 0]
     check_values(indices, seq_len)
     out = hidden.clone(memory_format=torch.contiguous_format)
-    out.flatten(0, 1).index_copy_(0, _flat_rows(indices, seq_len, batch_first), kept.flatten(0, 1))
+    out.flatten(0, 1).index_copy_(0, flat_rows(indices, indices.shape[0], seq_len, batch_first), kept.flatten(0, 1))
     return out
 
 
@@ -262,22 +262,22 @@ def _scatter_vmap(
 # ---- as indexing: for Inductor, which fuses it with the layer's own kernels, and for any strides
 
 
-def _flat_rows(indices: Tensor, seq_len: int, batch_first: bool) -> Tensor:
-    """Row numbers of the kept tokens in ``hidden.flatten(0, 1)``.
+def flat_rows(indices: Tensor, batch: int, seq_len: int, batch_first: bool) -> Tensor:
+    """Row numbers ``[..., B * k]`` of the kept tokens ``[..., B | 1, k]`` in ``hidden.flatten(0, 1)``.
 
     Eager, copying whole rows beats indexing elements. Inductor for the CPU fuses loops over rows and D with a norm's,
     and none over B, k and D.
     """
-    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
+    each = torch.arange(batch, device=indices.device)[:, None]
     if batch_first:
-        return (indices + batch * seq_len).flatten()
-    return (indices * indices.shape[0] + batch).T.flatten()
+        return (indices + each * seq_len).flatten(-2)
+    return (indices * batch + each).mT.flatten(-2)
 
 
 def gather_rows(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
     if not hidden.is_contiguous():
         return hidden[_positions(indices, batch_first)].contiguous()
-    rows = _flat_rows(indices, hidden.shape[1 if batch_first else 0], batch_first)
+    rows = flat_rows(indices, indices.shape[0], hidden.shape[1 if batch_first else 0], batch_first)
     shape = indices.shape if batch_first else indices.T.shape
     return hidden.flatten(0, 1).index_select(0, rows).view(*shape, hidden.shape[2])
 
@@ -285,7 +285,7 @@ def gather_rows(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> Te
 def scatter_rows(hidden: Tensor, indices: Tensor, kept: Tensor, batch_first: bool = True) -> Tensor:
     if not hidden.is_contiguous():
         return hidden.index_put(_positions(indices, batch_first), kept)
-    rows = _flat_rows(indices, hidden.shape[1 if batch_first else 0], batch_first)
+    rows = flat_rows(indices, indices.shape[0], hidden.shape[1 if batch_first else 0], batch_first)
     return hidden.flatten(0, 1).index_copy(0, rows, kept.flatten(0, 1)).view(hidden.shape)
 
 

@@ -72,7 +72,7 @@ class RoutedLayer(nn.Module):
         names = self._ltd_positional[len(args) :]
         count = len(names) if rest else 0
         for i, name in enumerate(names):
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(kwargs[name])):
+            if _needs_gradient(kwargs[name]):
                 count = max(count, i + 1)
         given = [kwargs.pop(name) for name in names[:count]]
         return type(self).forward(self, *args, *given, *rest, **kwargs, **extras)
@@ -85,6 +85,12 @@ class RoutedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _set_forward(self)
+
+
+def _needs_gradient(value: Any) -> bool:
+    if value is None or isinstance(value, Tensor):  # As most are.
+        return value is not None and value.requires_grad
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(value))
 
 
 setattr(RoutedLayer, REPLICATE, refuse_replicas)

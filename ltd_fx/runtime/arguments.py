@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ltd_fx.errors import LTDError
 from ltd_fx.ops import gather_by_indexing
+from ltd_fx.runtime.eager import Plain, Take, take_maybe
 from ltd_fx.runtime.packed import PACKED
 from ltd_fx.runtime.records import Draw
 from ltd_fx.tree import items_of, leaves, like
@@ -61,6 +62,41 @@ def gather_arguments(
     """:func:`gather_argument` for several arguments; those that carry the sequence in one dimension take one launch."""
     if draw is None:
         return values
+    if draw.plain is not None and draw.gathered is None:
+        return [_taken(draw, draw.plain, *each) for each in zip(names, values, entries, strict=True)]
+    return _gather_together(draw, names, values, entries)
+
+
+def _taken(draw: Draw, plain: Plain, name: str, value: Any, entry: tuple[Any, ...]) -> Any:
+    """``value`` with only the kept tokens, on the eager path."""
+    if value is None or not entry:
+        return value
+    if type(value) is tuple and not _is_each(entry):
+        return tuple([_taken(draw, plain, name, item, entry) for item in value])
+    if type(value) is Tensor:
+        kind = value.shape, entry
+        if kind not in plain.takes:
+            plain.takes[kind] = _take_maybe(draw, plain, *_tensors(draw, value, name, entry)[0])
+        take = plain.takes[kind]
+        if take is not None:
+            return take(draw, value)
+    return _gather_together(draw, (name,), (value,), (entry,))[0]
+
+
+def _take_maybe(draw: Draw, plain: Plain, value: Tensor, aligned: Aligned) -> Take | None:
+    if aligned.batch != 0 or aligned.prefix != 0:
+        return None
+    return take_maybe(value, aligned.dims, draw.batch, len(draw.indices) != draw.batch, plain.batch_first)
+
+
+def _is_each(entry: tuple[Any, ...]) -> bool:
+    """Whether it has an entry for each item."""
+    return not isinstance(entry, Aligned) and not isinstance(entry[0], int)
+
+
+def _gather_together(
+    draw: Draw, names: Sequence[str], values: Sequence[Any], entries: Sequence[tuple[Any, ...]]
+) -> Sequence[Any]:
     done = {} if draw.gathered is None else draw.gathered
     given = list(zip(names, values, entries, strict=True))
     fresh = [(name, value, entry) for name, value, entry in given if name not in done or done[name][0] is not value]
@@ -75,7 +111,7 @@ def _tensors(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> list[
     """What is to be gathered of ``value``, in order, as dimensions that are not there to broadcast."""
     if value is None or not entry:
         return []
-    each = not isinstance(entry, Aligned) and not isinstance(entry[0], int)
+    each = _is_each(entry)
     items = items_of(value)
     if items is not None:
         if each and len(items) != len(entry):
@@ -98,7 +134,7 @@ def _tensors(draw: Draw, value: Any, name: str, entry: tuple[Any, ...]) -> list[
 
 def _entries(entry: tuple[Any, ...], count: int) -> Iterable[Any]:
     """Of ``count`` items: an entry each, or one for all."""
-    return [entry] * count if isinstance(entry, Aligned) or isinstance(entry[0], int) else entry
+    return entry if _is_each(entry) else [entry] * count
 
 
 def _fill(value: Any, entry: tuple[Any, ...] | None, gathered: list[Any]) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from ltd_fx.errors import LTDError
+from ltd_fx.runtime.eager import is_plain
 from ltd_fx.runtime.kernels import refuse_window
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState, record
@@ -66,10 +67,25 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
             f"ltd_fx: {site.name}: exporting in training mode would freeze the reserved length and the draw into the "
             "program; call model.eval() before torch.export or torch.jit.trace"
         )
-    indices = _indices(site, hidden, batch_first, batch, seq_len, keep)
+    _refuse_few(site, keep)
     # torch.compile makes equal gathers one anyway.
     gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
+    # Shares of documents are a layer's own, and so are the later calls of a layer.
+    if is_plain(hidden) and state.batch.documents is None and site.number is site.first:
+        which = batch, seq_len, keep, batch_first
+        indices, plain = state.together.draw(site, state.key, state.batch, which, hidden, state)
+        return Draw(site, indices, batch, seq_len, state.protected, None, gathered, plain)
+    indices = _indices(site, hidden, batch_first, batch, seq_len, keep)
     return Draw(site, indices, batch, seq_len, state.protected, None, gathered)
+
+
+def _refuse_few(site: Site, keep: int) -> None:
+    state = site.state
+    if keep < state.protected:
+        raise LTDError(
+            f"ltd_fx: {site.name}: a reserved length of {keep} cannot hold the {state.protected} protected tokens; "
+            "raise the scheduler's min_length, or lower protect"
+        )
 
 
 def _refuse_generation(site: Site, cache: Any, seq_len: int) -> None:
@@ -93,11 +109,6 @@ def _refuse_tracing(site: Site) -> None:
 
 def _indices(site: Site, hidden: Tensor, batch_first: bool, batch: int, seq_len: int, keep: int) -> Tensor:
     state = site.state
-    if keep < state.protected:
-        raise LTDError(
-            f"ltd_fx: {site.name}: a reserved length of {keep} cannot hold the {state.protected} protected tokens; "
-            "raise the scheduler's min_length, or lower protect"
-        )
     rows = 1 if state.shared else batch
     # The zero-width view carries no data, only the device and whether vmap maps over the samples.
     view = hidden.detach()[..., :0]

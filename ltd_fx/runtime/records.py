@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ltd_fx.errors import LTDError
+from ltd_fx.runtime.eager import Plain
 from ltd_fx.runtime.kernels import attentions
 from ltd_fx.runtime.preferences import Batch
 from ltd_fx.runtime.state import RouteState, record
@@ -82,8 +83,8 @@ class Site:
     ) -> None:
         self.name = name
         # These are tensors, not ints: as data, they let identical layers that are compiled one by one share a graph.
-        self._first = torch.tensor(number, device=state.device)
-        self.number = self._first  # The number of the call in progress.
+        self.first = torch.tensor(number, device=state.device)
+        self.number = self.first  # The number of the call in progress.
         # A strong reference would be a cycle, for the layer holds its site, and keep the weights until it is collected.
         self._layer = weakref.ref(layer)
         self.state = state
@@ -117,7 +118,7 @@ class Site:
 
     def begin_forward(self) -> None:
         """Forget the forward before."""
-        self._earlier, self._latest, self.number = (), None, self._first
+        self._earlier, self._latest, self.number = (), None, self.first
 
     def begin_call(self) -> None:
         """Called by the routed layer in training, before its forward.
@@ -151,13 +152,13 @@ class Site:
 
     def number_of(self, call: int) -> Tensor:
         """``[]`` int64: which draw the layer's ``call``-th call in a forward takes."""
-        return self._first + call * _CALL if call else self._first
+        return self.first + call * _CALL if call else self.first
 
     def _set_drawn(self, batch: int, seq_len: int, keep: int) -> None:
         self._latest = Drawn(self.state.key, batch, seq_len, keep, self.state.batch)
 
     def move(self, device: torch.device) -> None:
-        self._first = self.number = self._first.to(device)
+        self.first = self.number = self.first.to(device)
 
 
 class Draw(NamedTuple):
@@ -165,7 +166,8 @@ class Draw(NamedTuple):
 
     ``indices`` is ``[B, k]`` int64, ascending in each row, or ``[1, k]`` where one draw serves the batch. The first
     ``protected`` tokens are among them in every row. On a route over several layers, ``rest`` is the stream of dropped
-    tokens, and ``gathered`` the arguments gathered so far, by name, with what they were gathered from.
+    tokens, and ``gathered`` the arguments gathered so far, by name, with what they were gathered from. ``plain`` is
+    there on the eager path.
     """
 
     site: Site
@@ -175,3 +177,4 @@ class Draw(NamedTuple):
     protected: int = 0
     rest: Tensor | None = None
     gathered: dict[str, tuple[Any, Any]] | None = None
+    plain: Plain | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
+from ltd_fx.runtime.eager import Merge, Split
 from ltd_fx.runtime.records import Draw
 from ltd_fx.tree import items_of, leaves, like
 
@@ -71,6 +72,9 @@ def split_hidden(draw: Draw | None, hidden: Tensor, batch_first: bool) -> tuple[
     """The stream that waits for :func:`merge_output`, and the hidden states that the layer sees."""
     if draw is None:
         return hidden, hidden
+    if draw.plain is not None:
+        rest, kept = Split.apply(hidden, draw.indices, draw.plain)
+        return rest, kept
     return split_tokens(hidden, draw.indices.expand(draw.batch, -1), batch_first)
 
 
@@ -130,4 +134,9 @@ def merge_output(
 def _merged(draw: Draw, rest: Tensor | None, kept: Tensor, batch_first: bool) -> Tensor:
     if rest is None:
         return kept
-    return merge_tokens(rest, draw.indices.expand(draw.batch, -1), kept.to(rest.dtype), batch_first)
+    if kept.dtype != rest.dtype:
+        kept = kept.to(rest.dtype)
+    if draw.plain is not None:
+        merged: Tensor = Merge.apply(rest, draw.indices, kept, draw.plain)
+        return merged
+    return merge_tokens(rest, draw.indices.expand(draw.batch, -1), kept, batch_first)

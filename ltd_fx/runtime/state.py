@@ -14,6 +14,7 @@ from ltd_fx.errors import LTDError
 from ltd_fx.ops import draw_key
 from ltd_fx.runtime.counts import TargetLayer, count_layers
 from ltd_fx.runtime.documents import Documents, find_documents
+from ltd_fx.runtime.eager import Together
 from ltd_fx.runtime.preferences import Batch, Preferences
 from ltd_fx.runtime.ranks import draw_rank, refuse_differences
 from ltd_fx.runtime.recomputes import Recomputes
@@ -67,6 +68,7 @@ class RouteState:
         self.protected = 0  # So many first tokens are in every draw.
         self.batch = Batch()  # What the forward's arguments say of which to keep.
         self.documents = Documents()
+        self.together = Together()
         self.device = torch.device("cpu")
         self.sites: list[Member] = []
         self.warned = False
@@ -194,10 +196,10 @@ class RouteState:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """As if a forward of the root were under way; its draws are nobody's, and nothing is known of its batch."""
-        names = ("key", "batch", "documents", "under_way", "warned", "_grad", "_recomputes")
+        names = ("key", "batch", "documents", "together", "under_way", "warned", "_grad", "_recomputes")
         before = {name: getattr(self, name) for name in names}
-        self.batch, self.documents, self.under_way, self.warned = Batch(), Documents(), True, True
-        self._recomputes = Recomputes()
+        self.batch, self.documents, self.together, self._recomputes = Batch(), Documents(), Together(), Recomputes()
+        self.under_way, self.warned = True, True
         try:
             yield
         finally:
@@ -277,7 +279,7 @@ class RouteState:
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``torch.save(model)``: without the batch and the process group."""
-        return {**self.__dict__, "batch": Batch(), "documents": Documents(), "mesh": None}
+        return {**self.__dict__, "batch": Batch(), "documents": Documents(), "together": Together(), "mesh": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouteState":
         """Copies of a model follow the same scheduler: it is the user's one handle on the length."""

@@ -110,8 +110,8 @@ def check(kernels: Emulated, sizes: tuple[int, ...], memory: str, dtype: torch.d
 
 def test_samples_of_several_sites(kernels: Emulated) -> None:
     sites, rank = torch.tensor([3, 0, 7, 2**31 + 5])[::2], torch.randint(-1, 2, (3, 40))
-    for sites in (sites, sites[:0]):
-        args = KEY, sites, 3, 40, 7, rank
+    for some in (sites, sites[:0]):
+        args = KEY, some, 3, 40, 7, rank
         assert same(launch.sample_tokens(kernels, *args), sample(*args))
 
 

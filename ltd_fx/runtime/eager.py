@@ -1,0 +1,195 @@
+"""The eager path, where dispatch is what costs: one draw for all layers of a forward, rows taken by their numbers.
+
+What is compiled, traced or mapped by ``torch.func`` goes by the operators, which check what they are given; here the
+indices are ours, and an argument is checked once for each shape.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ltd_fx.ops import flat_rows
+from ltd_fx.runtime.preferences import Batch, Preferences
+from ltd_fx.torch_private import is_transforming
+
+Take = Callable[[Any, Tensor], Tensor]
+
+
+class Member(Protocol):
+    """A site (``records.Site``), as far as a draw for several looks at it."""
+
+    length: Any
+    first: Tensor
+
+
+class Plain(NamedTuple):
+    """What the eager path needs of a draw, beside its indices.
+
+    Attributes:
+        tokens: ``[R * k]``, the indices joined; R is B, or 1 where one draw serves the batch.
+        rows: ``[B * k]``, the kept tokens' numbers in hidden states with the first two dimensions joined.
+        across: ``[R, k, 1]`` and ``[R, 1, k]``, the indices to look up a mask's rows and columns.
+        shape: of kept hidden states, with -1 for D.
+        batch_first: their layout.
+        takes: how arguments are taken, by shape and entry; shared by the layers that draw together.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    across: tuple[Tensor, Tensor]
+    shape: tuple[int, int, int]
+    batch_first: bool
+    takes: dict[Any, Take | None]
+
+
+def is_plain(hidden: Tensor) -> bool:
+    """Whether hidden states take the eager path: no compiler, subclass or transformation is at work."""
+    return type(hidden) is Tensor and not torch.compiler.is_compiling() and not is_transforming()
+
+
+class Together:
+    """The draws of the forward in progress, each for all sites with one reserved length."""
+
+    def __init__(self) -> None:
+        self._key: Tensor | None = None
+        self._said: Batch | None = None
+        self._draws: dict[Any, dict[Member, tuple[Tensor, Plain]]] = {}
+
+    def draw(
+        self, site: Member, key: Tensor, said: Batch, which: tuple[int, int, int, bool], hidden: Tensor, state: Any
+    ) -> tuple[Tensor, Plain]:
+        """The indices ``[B | 1, k]`` of ``site``.
+
+        Args:
+            site: one of the state's.
+            key: ``[]`` int64, the forward's.
+            said: what the forward's arguments say of the tokens, other than of documents.
+            which: B, S, k and whether hidden states have the batch first.
+            hidden: the hidden states, for their device.
+            state: the ``RouteState``.
+        """
+        if self._key is not key or self._said is not said:
+            self._key, self._said, self._draws = key, said, {}
+        kind = site.length, which, hidden.device
+        if kind not in self._draws:
+            sites = [other for other in state.sites if other.length is site.length]
+            self._draws[kind] = dict(zip(sites, _draw(sites, key, said, which, hidden, state), strict=True))
+        return self._draws[kind][site]
+
+
+def _draw(
+    sites: list[Any], key: Tensor, said: Batch, which: tuple[int, int, int, bool], hidden: Tensor, state: Any
+) -> list[tuple[Tensor, Plain]]:
+    batch, seq_len, keep, batch_first = which
+    preferences: Preferences = state.preferences
+    key, numbers = key.to(hidden.device), torch.stack([site.first for site in sites]).to(hidden.device)
+    across = hidden.detach()[..., :0]
+    across = across if batch_first else across.transpose(0, 1)
+    rank = preferences.rank(said, key, numbers, across, keep, state.shared)
+    indices = torch.ops.ltd_fx.sample_tokens(key, numbers, key, 1 if state.shared else batch, seq_len, keep, rank)
+    rows = flat_rows(indices, batch, seq_len, batch_first)
+    shape = (batch, keep, -1) if batch_first else (keep, batch, -1)
+    parts = indices, indices.flatten(1), rows, indices[..., None], indices[:, :, None]
+    takes: dict[Any, Take | None] = {}
+    return [
+        (each, Plain(tokens, row, (rows_of, columns), shape, batch_first, takes))
+        for each, tokens, row, rows_of, columns in zip(*(part.unbind(0) for part in parts), strict=True)
+    ]
+
+
+# ---- hidden states
+
+
+def _take(hidden: Tensor, indices: Tensor, plain: Plain) -> Tensor:
+    if hidden.is_cuda:  # Its kernels move fewer bytes.
+        indices = indices.expand(hidden.shape[0 if plain.batch_first else 1], -1)
+        taken: Tensor = torch.ops.ltd_fx.gather_tokens(hidden, indices, plain.batch_first)
+        return taken
+    return hidden.flatten(0, 1).index_select(0, plain.rows).view(plain.shape)
+
+
+def _put(rest: Tensor, indices: Tensor, kept: Tensor, plain: Plain) -> Tensor:
+    if rest.is_cuda:
+        indices = indices.expand(rest.shape[0 if plain.batch_first else 1], -1)
+        put: Tensor = torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, plain.batch_first)
+        return put
+    return rest.flatten(0, 1).index_copy(0, plain.rows, kept.flatten(0, 1)).view(rest.shape)
+
+
+class Split(torch.autograd.Function):
+    """As ``split_merge._Split``; without ``setup_context``, with which torch binds a signature at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, indices: Tensor, plain: Plain) -> tuple[Tensor, Tensor]:
+        ctx.indices, ctx.plain = indices, plain
+        return hidden.view_as(hidden), _take(hidden, indices, plain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_rest, grad_kept = grads
+        return _put(grad_rest, ctx.indices, grad_kept, ctx.plain), None, None
+
+
+class Merge(torch.autograd.Function):
+    """As ``split_merge._Merge``."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, indices: Tensor, kept: Tensor, plain: Plain) -> Tensor:
+        ctx.indices, ctx.plain = indices, plain
+        return _put(rest, indices, kept, plain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (grad,) = grads
+        return grad, None, _take(grad, ctx.indices, ctx.plain), None
+
+
+# ---- arguments
+
+
+def take_maybe(value: Tensor, dims: tuple[int, ...], batch: int, shared: bool, batch_first: bool) -> Take | None:
+    """How the kept rows of values like this one are taken in one or two calls of torch; ``None``: by the operators.
+
+    Args:
+        value: with the batch, or 1, in dimension 0.
+        dims: that carry the sequence; those to broadcast left out.
+        batch: B.
+        shared: whether one draw serves the batch.
+        batch_first: whether rows are numbered along the batch first.
+    """
+    one = value.shape[0] == 1
+    if dims == (1,) and one:
+        return _take_table
+    if shared:
+        return None
+    if dims == (1,) and value.shape[0] == batch and batch_first:
+        return _take_rows
+    if value.ndim == 4 and value.shape[1] == 1 and (one or value.shape[0] == batch):
+        if dims == (2, 3):
+            return _take_mask_of_all if one else _take_mask
+        if dims == (3,) and value.shape[2] == 1 and not one:
+            return _take_padding
+    return None
+
+
+def _take_table(draw: Any, table: Tensor) -> Tensor:
+    return table.index_select(1, draw.plain.tokens).view(*draw.indices.shape, *table.shape[2:])
+
+
+def _take_rows(draw: Any, value: Tensor) -> Tensor:
+    return value.flatten(0, 1).index_select(0, draw.plain.rows).view(*draw.indices.shape, *value.shape[2:])
+
+
+def _take_mask_of_all(draw: Any, mask: Tensor) -> Tensor:
+    return mask.squeeze((0, 1))[draw.plain.across].unsqueeze(1)
+
+
+def _take_mask(draw: Any, mask: Tensor) -> Tensor:
+    batch = torch.arange(len(mask), device=mask.device)[:, None, None]
+    return mask.squeeze(1)[(batch, *draw.plain.across)].unsqueeze(1)
+
+
+def _take_padding(draw: Any, mask: Tensor) -> Tensor:
+    return mask.squeeze((1, 2)).gather(1, draw.indices)[:, None, None]
