@@ -72,8 +72,7 @@ def draw_tokens(site: Site, hidden: Tensor, batch_first: bool, cache: Any = None
     gathered: dict[str, Any] | None = None if site.span is None or torch.compiler.is_compiling() else {}
     # Shares of documents are a layer's own, and so are the later calls of a layer.
     if is_plain(hidden) and state.batch.documents is None and site.number is site.first:
-        which = batch, seq_len, keep, batch_first
-        indices, plain = state.together.draw(site, state.key, state.batch, which, hidden, state)
+        indices, plain = state.together.draw(site, state, hidden, batch, seq_len, keep, batch_first)
         return Draw(site, indices, batch, seq_len, state.protected, None, gathered, plain)
     indices = _indices(site, hidden, batch_first, batch, seq_len, keep)
     return Draw(site, indices, batch, seq_len, state.protected, None, gathered)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.ops import flat_rows
-from ltd_fx.runtime.preferences import Batch, Preferences
+from ltd_fx.runtime.preferences import Batch
 from ltd_fx.torch_private import is_transforming
 
 Take = Callable[[Any, Tensor], Tensor]
@@ -58,44 +58,36 @@ class Together:
         self._draws: dict[Any, dict[Member, tuple[Tensor, Plain]]] = {}
 
     def draw(
-        self, site: Member, key: Tensor, said: Batch, which: tuple[int, int, int, bool], hidden: Tensor, state: Any
+        self, site: Member, state: Any, hidden: Tensor, batch: int, seq_len: int, keep: int, batch_first: bool
     ) -> tuple[Tensor, Plain]:
-        """The indices ``[B | 1, k]`` of ``site``.
-
-        Args:
-            site: one of the state's.
-            key: ``[]`` int64, the forward's.
-            said: what the forward's arguments say of the tokens, other than of documents.
-            which: B, S, k and whether hidden states have the batch first.
-            hidden: the hidden states, for their device.
-            state: the ``RouteState``.
-        """
-        if self._key is not key or self._said is not said:
-            self._key, self._said, self._draws = key, said, {}
-        kind = site.length, which, hidden.device
-        if kind not in self._draws:
+        """The indices ``[B | 1, k]`` of ``site``, a member of ``state``, which has its own key's and batch's draws."""
+        if self._key is not state.key or self._said is not state.batch:
+            self._key, self._said, self._draws = state.key, state.batch, {}
+        kind = site.length, batch, seq_len, keep, batch_first, hidden.device
+        draws = self._draws.get(kind)
+        if draws is None:
             sites = [other for other in state.sites if other.length is site.length]
-            self._draws[kind] = dict(zip(sites, _draw(sites, key, said, which, hidden, state), strict=True))
-        return self._draws[kind][site]
+            key, numbers = state.key.to(hidden.device), torch.stack([one.first for one in sites]).to(hidden.device)
+            across = hidden.detach()[..., :0]
+            across = across if batch_first else across.transpose(0, 1)
+            rank = state.preferences.rank(state.batch, key, numbers, across, keep, state.shared)
+            rows = 1 if state.shared else batch
+            indices = torch.ops.ltd_fx.sample_tokens(key, numbers, key, rows, seq_len, keep, rank)
+            draws = dict(zip(sites, plain_draws(indices, batch, seq_len, batch_first), strict=True))
+            self._draws[kind] = draws
+        return draws[site]
 
 
-def _draw(
-    sites: list[Any], key: Tensor, said: Batch, which: tuple[int, int, int, bool], hidden: Tensor, state: Any
-) -> list[tuple[Tensor, Plain]]:
-    batch, seq_len, keep, batch_first = which
-    preferences: Preferences = state.preferences
-    key, numbers = key.to(hidden.device), torch.stack([site.first for site in sites]).to(hidden.device)
-    across = hidden.detach()[..., :0]
-    across = across if batch_first else across.transpose(0, 1)
-    rank = preferences.rank(said, key, numbers, across, keep, state.shared)
-    indices = torch.ops.ltd_fx.sample_tokens(key, numbers, key, 1 if state.shared else batch, seq_len, keep, rank)
+def plain_draws(indices: Tensor, batch: int, seq_len: int, batch_first: bool) -> list[tuple[Tensor, Plain]]:
+    """Of the draws ``[N, B | 1, k]`` of N sites, each with what the eager path needs of it."""
+    keep = indices.shape[2]
     rows = flat_rows(indices, batch, seq_len, batch_first)
     shape = (batch, keep, -1) if batch_first else (keep, batch, -1)
-    parts = indices, indices.flatten(1), rows, indices[..., None], indices[:, :, None]
     takes: dict[Any, Take | None] = {}
+    parts = indices, indices.flatten(1), rows, indices[..., None], indices[:, :, None]
     return [
-        (each, Plain(tokens, row, (rows_of, columns), shape, batch_first, takes))
-        for each, tokens, row, rows_of, columns in zip(*(part.unbind(0) for part in parts), strict=True)
+        (each, Plain(tokens, row, (down, along), shape, batch_first, takes))
+        for each, tokens, row, down, along in zip(*(part.unbind(0) for part in parts), strict=True)
     ]
 
 

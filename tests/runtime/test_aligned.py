@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ltd_fx import Aligned, LTDError
 from ltd_fx.runtime.arguments import gather_argument
+from ltd_fx.runtime.eager import plain_draws
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState
 
@@ -21,9 +22,18 @@ INDICES = torch.tensor([[0, 1, 2, 5], [0, 1, 3, 4], [0, 1, 4, 6]])
 DRAWS = pytest.mark.parametrize("indices", [INDICES, INDICES[2:]], ids=["per_sample", "shared"])
 
 
+EAGER = False  # Whether draws are those of the eager path.
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["operators", "eager"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.EAGER", request.param)
+
+
 def draw_of(indices: Tensor = INDICES, seq_len: int = SEQ, protected: int = 2) -> Draw:
     state = RouteState(None, seed=0, shared=len(indices) == 1, routed=1, dense=0)
-    return Draw(Site("layers.1", 0, nn.Identity(), state), indices, BATCH, seq_len, protected)
+    plain = plain_draws(indices[None], BATCH, seq_len, True)[0][1] if EAGER else None
+    return Draw(Site("layers.1", 0, nn.Identity(), state), indices, BATCH, seq_len, protected, plain=plain)
 
 
 def randn(*shape: int) -> Tensor:
@@ -60,6 +70,13 @@ ENTRIES = {
     "batch between": ((SEQ, BATCH, SEQ), Aligned((0, 2), 1)),
     "batch last": ((SEQ, SEQ, BATCH), Aligned((1, 0), 2)),
     "batch of one": ((2, 1, SEQ), Aligned((2,), 1)),
+    "mask": ((BATCH, 1, SEQ, SEQ), Aligned((2, 3))),
+    "mask of all": ((1, 1, SEQ, SEQ), Aligned((2, 3))),
+    "mask, per head": ((BATCH, HEADS, SEQ, SEQ), Aligned((2, 3))),
+    "padding": ((BATCH, 1, 1, SEQ), Aligned((2, 3))),
+    "table of all": ((1, SEQ, DIM), Aligned((1,))),
+    "table": ((BATCH, SEQ, DIM), Aligned((1,))),
+    "ids": ((BATCH, SEQ), Aligned((1,))),
     "batch times heads": ((BATCH * HEADS, SEQ, SEQ), Aligned((1, 2), 0)),
     "batch times heads in dimension 1": ((2, BATCH * HEADS, SEQ, 1), Aligned((2, 3), 1)),
     "heads first": ((HEADS, SEQ, SEQ), Aligned((1, 2), None)),
