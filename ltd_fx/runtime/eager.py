@@ -21,6 +21,7 @@ class Member(Protocol):
     """A site (``records.Site``), as far as a draw for several looks at it."""
 
     length: Any
+    index: int
     first: Tensor
 
 
@@ -55,7 +56,7 @@ class Together:
     def __init__(self) -> None:
         self._key: Tensor | None = None
         self._said: Batch | None = None
-        self._draws: dict[Any, dict[Member, tuple[Tensor, Plain]]] = {}
+        self._draws: dict[Any, dict[int, tuple[Tensor, Plain]]] = {}  # By the number of the site.
 
     def draw(
         self, site: Member, state: Any, hidden: Tensor, batch: int, seq_len: int, keep: int, batch_first: bool
@@ -73,9 +74,9 @@ class Together:
             rank = state.preferences.rank(state.batch, key, numbers, across, keep, state.shared)
             rows = 1 if state.shared else batch
             indices = torch.ops.ltd_fx.sample_tokens(key, numbers, key, rows, seq_len, keep, rank)
-            draws = dict(zip(sites, plain_draws(indices, batch, seq_len, batch_first), strict=True))
-            self._draws[kind] = draws
-        return draws[site]
+            each = plain_draws(indices, batch, seq_len, batch_first)
+            self._draws[kind] = draws = {one.index: drawn for one, drawn in zip(sites, each, strict=True)}
+        return draws[site.index]  # A copy of the model has other sites.
 
 
 def plain_draws(indices: Tensor, batch: int, seq_len: int, batch_first: bool) -> list[tuple[Tensor, Plain]]:

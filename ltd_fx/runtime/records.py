@@ -82,6 +82,7 @@ class Site:
         in_graph: bool = False,
     ) -> None:
         self.name = name
+        self.index = number  # Eager code alone may read it.
         # These are tensors, not ints: as data, they let identical layers that are compiled one by one share a graph.
         self.first = torch.tensor(number, device=state.device)
         self.number = self.first  # The number of the call in progress.
