@@ -14,7 +14,7 @@ from ltd_fx.api import (
 )
 from ltd_fx.dynamo import backend
 from ltd_fx.errors import LTDError
-from ltd_fx.install import RewriteReport, VerifyReport
+from ltd_fx.install import RewriteReport, VerifyReport, warm_up
 from ltd_fx.learn import CallSite, LayerPattern, Proof, register_pattern
 from ltd_fx.runtime import Aligned, Draw
 from ltd_fx.schedule import LayerTokenLR, LTDScheduler
@@ -47,4 +47,5 @@ __all__ = [
     "summary",
     "transform",
     "verify",
+    "warm_up",
 ]

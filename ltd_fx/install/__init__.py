@@ -12,3 +12,4 @@ from ltd_fx.install.outlined import outlined
 from ltd_fx.install.report import RewriteReport, VerifyReport
 from ltd_fx.install.settings import Settings
 from ltd_fx.install.unflattened import adopt, flattened, is_unflattened
+from ltd_fx.install.warm_up import warm_up

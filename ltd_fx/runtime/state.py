@@ -196,7 +196,7 @@ class RouteState:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """As if a forward of the root were under way; its draws are nobody's, and nothing is known of its batch."""
-        names = ("key", "batch", "documents", "together", "under_way", "warned", "_grad", "_recomputes")
+        names = ("key", "batch", "documents", "together", "fresh", "under_way", "warned", "_grad", "_recomputes")
         before = {name: getattr(self, name) for name in names}
         self.batch, self.documents, self.together, self._recomputes = Batch(), Documents(), Together(), Recomputes()
         self.under_way, self.warned = True, True
