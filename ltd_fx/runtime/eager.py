@@ -57,6 +57,7 @@ class Together:
         self._key: Tensor | None = None
         self._said: Batch | None = None
         self._draws: dict[Any, dict[int, tuple[Tensor, Plain]]] = {}  # By the number of the site.
+        self._sites: dict[Any, tuple[list[int], Tensor]] = {}  # Those that draw together, and their numbers.
 
     def draw(
         self, site: Member, state: Any, hidden: Tensor, batch: int, seq_len: int, keep: int, batch_first: bool
@@ -67,16 +68,25 @@ class Together:
         kind = site.length, batch, seq_len, keep, batch_first, hidden.device
         draws = self._draws.get(kind)
         if draws is None:
-            sites = [other for other in state.sites if other.length is site.length]
-            key, numbers = state.key.to(hidden.device), torch.stack([one.first for one in sites]).to(hidden.device)
+            key = state.key.to(hidden.device)
+            sites, numbers = self._numbers(site, state, hidden.device)
             across = hidden.detach()[..., :0]
             across = across if batch_first else across.transpose(0, 1)
             rank = state.preferences.rank(state.batch, key, numbers, across, keep, state.shared)
             rows = 1 if state.shared else batch
             indices = torch.ops.ltd_fx.sample_tokens(key, numbers, key, rows, seq_len, keep, rank)
             each = plain_draws(indices, batch, seq_len, batch_first)
-            self._draws[kind] = draws = {one.index: drawn for one, drawn in zip(sites, each, strict=True)}
+            self._draws[kind] = draws = dict(zip(sites, each, strict=True))
         return draws[site.index]  # A copy of the model has other sites.
+
+    def _numbers(self, site: Member, state: Any, device: torch.device) -> tuple[list[int], Tensor]:
+        """Of all sites with the length of this one, as Python has them and ``[N]`` on the device."""
+        kind = site.length, len(state.sites), device
+        if kind not in self._sites:
+            sites = [other for other in state.sites if other.length is site.length]
+            numbers = torch.stack([other.first for other in sites]).to(device)
+            self._sites[kind] = [other.index for other in sites], numbers
+        return self._sites[kind]
 
 
 def plain_draws(indices: Tensor, batch: int, seq_len: int, batch_first: bool) -> list[tuple[Tensor, Plain]]:
@@ -95,20 +105,40 @@ def plain_draws(indices: Tensor, batch: int, seq_len: int, batch_first: bool) ->
 # ---- hidden states
 
 
+# Up to so many elements, dispatch costs more than the bytes that torch's own formulas move in the backward.
+_SMALL = 1 << 15
+
+
+def split(hidden: Tensor, indices: Tensor, plain: Plain) -> tuple[Tensor, Tensor]:
+    """As ``split_merge.split_tokens``."""
+    if plain.batch_first and hidden.numel() <= _SMALL:
+        return hidden, hidden.gather(1, plain.across[0].expand(hidden.shape[0], -1, hidden.shape[2]))
+    rest, kept = Split.apply(hidden, indices, plain)
+    return rest, kept
+
+
+def merge(rest: Tensor, indices: Tensor, kept: Tensor, plain: Plain) -> Tensor:
+    """As ``split_merge.merge_tokens``."""
+    if plain.batch_first and rest.numel() <= _SMALL:
+        return rest.scatter(1, plain.across[0].expand(rest.shape[0], -1, rest.shape[2]), kept)
+    merged: Tensor = Merge.apply(rest, indices, kept, plain)
+    return merged
+
+
 def _take(hidden: Tensor, indices: Tensor, plain: Plain) -> Tensor:
-    if hidden.is_cuda:  # Its kernels move fewer bytes.
-        indices = indices.expand(hidden.shape[0 if plain.batch_first else 1], -1)
-        taken: Tensor = torch.ops.ltd_fx.gather_tokens(hidden, indices, plain.batch_first)
-        return taken
-    return hidden.flatten(0, 1).index_select(0, plain.rows).view(plain.shape)
+    if not hidden.is_cuda:
+        return hidden.flatten(0, 1).index_select(0, plain.rows).view(plain.shape)
+    indices = indices.expand(hidden.shape[0 if plain.batch_first else 1], -1)  # Its kernels move fewer bytes.
+    taken: Tensor = torch.ops.ltd_fx.gather_tokens(hidden, indices, plain.batch_first)
+    return taken
 
 
 def _put(rest: Tensor, indices: Tensor, kept: Tensor, plain: Plain) -> Tensor:
-    if rest.is_cuda:
-        indices = indices.expand(rest.shape[0 if plain.batch_first else 1], -1)
-        put: Tensor = torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, plain.batch_first)
-        return put
-    return rest.flatten(0, 1).index_copy(0, plain.rows, kept.flatten(0, 1)).view(rest.shape)
+    if not rest.is_cuda:
+        return rest.flatten(0, 1).index_copy(0, plain.rows, kept.flatten(0, 1)).view(rest.shape)
+    indices = indices.expand(rest.shape[0 if plain.batch_first else 1], -1)
+    put: Tensor = torch.ops.ltd_fx.scatter_tokens(rest, indices, kept, plain.batch_first)
+    return put
 
 
 class Split(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltd_fx.errors import LTDError
-from ltd_fx.runtime.eager import Merge, Split
+from ltd_fx.runtime.eager import merge, split
 from ltd_fx.runtime.records import Draw
 from ltd_fx.tree import items_of, leaves, like
 
@@ -73,8 +73,7 @@ def split_hidden(draw: Draw | None, hidden: Tensor, batch_first: bool) -> tuple[
     if draw is None:
         return hidden, hidden
     if draw.plain is not None:
-        rest, kept = Split.apply(hidden, draw.indices, draw.plain)
-        return rest, kept
+        return split(hidden, draw.indices, draw.plain)
     return split_tokens(hidden, draw.indices.expand(draw.batch, -1), batch_first)
 
 
@@ -137,6 +136,5 @@ def _merged(draw: Draw, rest: Tensor | None, kept: Tensor, batch_first: bool) ->
     if kept.dtype != rest.dtype:
         kept = kept.to(rest.dtype)
     if draw.plain is not None:
-        merged: Tensor = Merge.apply(rest, draw.indices, kept, draw.plain)
-        return merged
+        return merge(rest, draw.indices, kept, draw.plain)
     return merge_tokens(rest, draw.indices.expand(draw.batch, -1), kept, batch_first)

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltd_fx
 from ltd_fx import LayerPattern, LTDError, LTDScheduler
-from ltd_fx.runtime.eager import Merge, Plain, Split, plain_draws
+from ltd_fx.runtime import eager
+from ltd_fx.runtime.eager import Plain, merge, plain_draws, split
 
 B, S, D = 2, 6, 4
 
@@ -98,24 +99,28 @@ INDICES = [
 @pytest.mark.parametrize("indices", INDICES, ids=lambda i: str(tuple(i.shape)))
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_kept_rows_are_split_off_and_merged_again(indices: Tensor, batch_first: bool, contiguous: bool) -> None:
+@pytest.mark.parametrize("small", [True, False])
+def test_kept_rows_are_split_off_and_merged_again(
+    indices: Tensor, batch_first: bool, contiguous: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "_SMALL", B * S * D if small else 0)
     shape = (B, S, D) if batch_first else (S, B, D)
     hidden = torch.randn(*shape, dtype=torch.float64)
     hidden = hidden if contiguous else hidden.transpose(1, 2).contiguous().transpose(1, 2)
     hidden.requires_grad_()
     indices, plain = plain_of(indices, B, S, batch_first)
-    rest, kept = Split.apply(hidden, indices, plain)
+    rest, kept = split(hidden, indices, plain)
     every = indices.expand(B, -1)
     streams, outputs = (t if batch_first else t.transpose(0, 1) for t in (hidden, kept))
     wanted = torch.stack([streams[b][every[b]] for b in range(B)])
     assert torch.equal(outputs, wanted)
-    merged = Merge.apply(rest, indices, 2 * kept, plain)
+    merged = merge(rest, indices, 2 * kept, plain)
     scale = torch.ones(B, S, 1, dtype=torch.float64).scatter(1, every[..., None], 2.0)
     assert torch.equal(merged, hidden * (scale if batch_first else scale.transpose(0, 1)))
 
     def route(hidden: Tensor, weight: Tensor) -> Tensor:
-        rest, kept = Split.apply(hidden, indices, plain)
-        return Merge.apply(rest, indices, (kept * weight).tanh(), plain)
+        rest, kept = split(hidden, indices, plain)
+        return merge(rest, indices, (kept * weight).tanh(), plain)
 
     weight = torch.randn(D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(route, (hidden, weight))
