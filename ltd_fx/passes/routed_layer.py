@@ -21,7 +21,7 @@ from ltd_fx.passes.observer import skipped_passes
 from ltd_fx.passes.rewrite import rewrite
 from ltd_fx.runtime import Site
 from ltd_fx.torch_private import REPLICATE
-from ltd_fx.tree import leaves
+from ltd_fx.tree import items_of
 
 SITE = "_ltd_site"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -88,9 +88,10 @@ class RoutedLayer(nn.Module):
 
 
 def _needs_gradient(value: Any) -> bool:
-    if value is None or isinstance(value, Tensor):  # As most are.
-        return value is not None and value.requires_grad
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(value))
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    items = items_of(value)
+    return items is not None and any(_needs_gradient(item) for item in items)
 
 
 setattr(RoutedLayer, REPLICATE, refuse_replicas)

@@ -52,8 +52,8 @@ def refuse_window(name: str, modules: Sequence[nn.Module], seq_len: int) -> None
         seq_len: S; a window as long as that leaves nothing out.
     """
     for module in modules:
-        kernel, window = kernel_of(module), window_of(module)
-        if is_flash(kernel) and window is not None and window < seq_len:
+        kernel = kernel_of(module)
+        if is_flash(kernel) and (window := window_of(module)) is not None and window < seq_len:
             raise LTDError(
                 f"ltd_fx: {name} cannot be routed: its kernel ({kernel}) counts a window of "
                 f"{window} tokens among those it is given, and sequences have more, of which some are dropped; load "
