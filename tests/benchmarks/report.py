@@ -128,6 +128,17 @@ def parts(rows: list[Row]) -> str:
     )
 
 
+def dispatch(rows: list[Row]) -> str:
+    variants = ("dense", "hand-written", "routed")
+    return table(
+        ("model", "rounds", *variants, "routed over hand-written"),
+        (
+            (r["setting"], r["rounds"], *(interval(r[variant], 0) for variant in variants), interval(r["ratio"]))
+            for r in rows
+        ),
+    )
+
+
 def growth(rows: list[Row]) -> str:
     return table(
         ("S", "d", "B", "layers", "routing, ms", "copies, ms", "layers, ms", "share"),
@@ -154,7 +165,7 @@ def growth_fit(rows: list[Row]) -> str:
 
 # by its place in the page: the results it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, parts, growth, growth_fit)
+    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, parts, dispatch, growth, growth_fit)
 } | {"efficiency": ("speed", efficiency)}
 
 
