@@ -51,6 +51,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_grouped_mm",
     "is_replica",
+    "is_transforming",
     "make_graph",
     "mark_dynamic",
     "must_recompute",

@@ -169,7 +169,7 @@ class Examination:
         """
         if layer.name not in self.first_calls:
             raise LTDError(
-                f"ltd_fx: {layer.name} is not called here; pass example_inputs that call it, or leave it out"
+                f"ltd_fx: {layer.name} is not called here; give example_inputs that call it, or leave it out"
             )
         best: tuple[LayerPattern, Proof] | None = None
         failure = ""

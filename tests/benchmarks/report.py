@@ -165,7 +165,8 @@ def growth_fit(rows: list[Row]) -> str:
 
 # by its place in the page: the results it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    f.__name__: (f.__name__, f) for f in (speed, static, memory, traffic, walk, depth, parts, dispatch, growth, growth_fit)
+    f.__name__: (f.__name__, f)
+    for f in (speed, static, memory, traffic, walk, depth, parts, dispatch, growth, growth_fit)
 } | {"efficiency": ("speed", efficiency)}
 
 

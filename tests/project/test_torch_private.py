@@ -197,6 +197,20 @@ def test_in_backward() -> None:
     assert not torch_private.in_backward()
 
 
+def test_is_transforming() -> None:
+    """Also where a tensor is none of the transformation's."""
+    seen: list[bool] = []
+
+    def loss(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_transforming())
+        return x.sum()
+
+    torch.func.grad(loss)(torch.ones(2))
+    torch.vmap(loss)(torch.ones(2, 2))
+    assert seen == [True, True]
+    assert not torch_private.is_transforming()
+
+
 def test_is_functorch_wrapped_tensor() -> None:
     wrapped = torch_private.is_functorch_wrapped_tensor
     seen: list[bool] = []
