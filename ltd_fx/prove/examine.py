@@ -168,9 +168,7 @@ class Examination:
             LTDError: the layer was not called, or nothing about it can be inferred.
         """
         if layer.name not in self.first_calls:
-            raise LTDError(
-                f"ltd_fx: {layer.name} is not called here; give example_inputs that call it, or leave it out"
-            )
+            raise LTDError(f"ltd_fx: {layer.name} is not called; give example_inputs that call it, or leave it out")
         best: tuple[LayerPattern, Proof] | None = None
         failure = ""
         for pattern, learnt in self._hypotheses(layer):
