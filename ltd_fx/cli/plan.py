@@ -2,8 +2,10 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
+from ltd_fx.cli.measure import Measured, measure
 from ltd_fx.cli.schedule import add_schedule, scheduler_of
 from ltd_fx.schedule import DEVICES, Model, Plan, make_plan
 
@@ -21,6 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bidirectional", action="store_true", help="attention is not causal")
     parser.add_argument("--gpu", choices=sorted(DEVICES))
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--measure", action="store_true", help="time layers of this size on this machine")
+    parser.add_argument("--device", default="cpu", help="what --measure runs on (default: cpu)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the GPU's peak, dense (default: 0.4)")
 
 
@@ -42,11 +46,27 @@ def _plan(options: argparse.Namespace) -> int:
         devices=options.gpus,
         utilisation=options.utilisation,
     )
-    print(json.dumps(asdict(plan)) if options.json else _table(plan))
+    measured = None
+    if options.measure:
+        each = -(-options.batch // options.gpus)
+        measured = measure(model, scheduler_of(options), options.steps, batch=each, device=options.device)
+        if measured.time_saved < 0.8 * plan.flops_saved:
+            plan = replace(plan, warnings=(*plan.warnings, _NO_USE))
+    print(json.dumps(asdict(plan) | _json(measured)) if options.json else _table(plan, measured))
     return 0
 
 
-def _table(plan: Plan) -> str:
+_NO_USE = (
+    "on this machine routing saves less than four fifths of the time that the operations saved would take: layers of "
+    "this size wait for their kernels to start; larger batches or layers, or torch.compile, save more"
+)
+
+
+def _json(measured: Measured | None) -> dict[str, Any]:
+    return {} if measured is None else {"measured": asdict(measured)}
+
+
+def _table(plan: Plan, measured: Measured | None) -> str:
     rows = [
         ("layer tokens saved", f"{plan.layer_tokens_saved:.1%}"),
         ("operations, dense", f"{plan.dense_flops:.3g}"),
@@ -60,6 +80,11 @@ def _table(plan: Plan) -> str:
             ("hours, routed", f"{plan.dense_seconds * (1 - plan.time_saved) / 3600:,.1f}"),
             ("hours of routing itself", f"{plan.routing_seconds / 3600:,.2f}"),
         ]
+    if measured is not None:
+        rows += [
+            (f"ms a layer, {keep} tokens, {measured.device}", f"{ms:.2f}") for keep, ms in measured.milliseconds.items()
+        ]
+        rows.append(("time of layers saved, measured", f"{measured.time_saved:.1%}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value:>10}" for name, value in rows]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
