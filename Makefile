@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools/bin
 LOCK := requirements.lock
 
-.PHONY: demo test test-all lint docs package lock canary matrix peers bench bench-cuda clean
+.PHONY: demo test test-all lint docs package lock canary matrix peers bench bench-cuda gpu clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -58,6 +58,9 @@ bench: $(VENV)/.dev ## benchmarks (hours; LTD_FX_ROUNDS=3 for a glance), and doc
 
 bench-cuda: $(VENV)/.dev ## the CUDA kernels' benchmarks, on a GPU
 	$(BIN)/python -m pytest tests/benchmarks/test_cuda_speed.py --benchmark-only -s
+
+gpu: ## all that only a GPU can show, in 8 minutes, with the Python at hand (DRY=--dry: on the CPU): docs/gpu.md
+	PYTHONPATH=.:tests/benchmarks $(PYTHON) tests/benchmarks/gpu.py $(DRY)
 
 $(VENV)/.%: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

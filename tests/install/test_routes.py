@@ -105,11 +105,12 @@ def test_a_route_gathers_and_samples_once() -> None:
             ltd_fx.transform(model, routes=routes, example_inputs=inputs)
         with Copies() as copies:
             loss_of(model(**inputs)).backward()
-        names = ["sample_tokens", "gather_tokens", "scatter_tokens", "gather_aligned", "gather_mask"]
+        names = ["sample_tokens", "aten.gather.", "aten.scatter.src", "gather_aligned", "gather_mask"]
         counts.append(torch.tensor([sum(name in call for call in copies.calls) for name in names]))
     dense, one, six = counts
-    assert (one - dense).tolist() == [1, 2, 2, 1, 1]  # a gather and a scatter forward, and as many backward
-    assert torch.equal(six - dense, 6 * (one - dense))
+    assert (one - dense).tolist() == [1, 2, 1, 1, 1]  # a gather and a scatter forward, and a gather backward
+    # Layers draw together; those alone take arguments by torch's own indexing.
+    assert (six - dense).tolist() == [1, 12, 6, 0, 0]
 
 
 @pytest.mark.slow
