@@ -7,7 +7,6 @@ from typing import Any
 import gpu
 import pytest
 
-
 ALIKE = ("vit, compiled", "dit, compiled")  # "llama, compiled" runs the same code.
 
 
