@@ -77,7 +77,7 @@ def assert_trains_alike(run: Any, model: nn.Module, twin: nn.Module, backend: An
     assert schedulers[0].consumed_layer_tokens == schedulers[1].consumed_layer_tokens
 
 
-@pytest.mark.parametrize("way", [way if way in ("whole", "layers") else slow(way) for way in WAYS])
+@pytest.mark.parametrize("way", [way if way == "whole" else slow(way) for way in WAYS])
 def test_it_trains_as_the_transformed_model_does(way: str) -> None:
     model, twin, schedulers = both()
     counter = CompileCounterWithBackend("aot_eager")
@@ -129,6 +129,7 @@ def test_a_whole_schedule_is_two_graphs_of_any_size() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_eval_is_the_models_own_even_where_it_never_asks_for_the_mode() -> None:
     model, twin, schedulers = both()
     run = whole(model, ltd_fx.backend(schedulers[0], inner="aot_eager"))
@@ -169,6 +170,7 @@ def test_frozen_layers_are_dense() -> None:
     torch.testing.assert_close(step(run, model, LENGTH), step(twin, twin, LENGTH))
 
 
+@pytest.mark.slow
 def test_weights_may_be_replaced() -> None:
     model, twin, schedulers = both()
     run = whole(model, ltd_fx.backend(schedulers[0], inner="aot_eager"))
@@ -204,7 +206,8 @@ class Masked(Net):
         return super().forward(ids) * (1 if attention_mask is None else attention_mask[..., None])
 
 
-@pytest.mark.parametrize("keyword", [True, slow(False)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keyword", [True, False])
 def test_padding_is_dropped_first(keyword: bool) -> None:
     torch.manual_seed(0)
     model = Masked().train()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nets import HEADS, LENGTH, Block, D, Net, TakesBoth, TwoResults, words
-from test_backend import slow, step, whole
+from test_backend import step, whole
 from torch import Tensor, nn
 
 import ltd_fx
@@ -45,7 +45,8 @@ class BrokenLoop(Net):
         return self.head(x)
 
 
-@pytest.mark.parametrize("make", [slow(TwoHalves), BrokenLoop])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [TwoHalves, BrokenLoop])
 def test_a_forward_of_several_graphs_draws_as_one(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().train()
@@ -223,6 +224,7 @@ class Passed(Net):
         return super().forward(args[0]) * (args[1] if len(args) > 1 else 1)
 
 
+@pytest.mark.slow
 def test_a_mask_that_the_graph_is_not_given_is_refused() -> None:
     mask = torch.ones(3, LENGTH, dtype=torch.long)
     for compiled, make, given in (

@@ -189,6 +189,7 @@ def shrunk(size: int, times: int) -> dict[str, int]:
     return {"per_device_train_batch_size": size}
 
 
+@pytest.mark.slow
 def test_a_train_after_one_that_failed_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
     trainer = trainer_of(tmp_path, auto_find_batch_size=True, save_strategy="no", eval_strategy="no")
     scheduler = trainer.model._ltd_rewrite.state.scheduler

@@ -182,7 +182,7 @@ class Tuned(Language):
 
 
 @pytest.mark.parametrize("tune", ["scale_batch_size", "lr_find"])
-@pytest.mark.parametrize("again", [False, True], ids=["first", "after a fit"])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "after a fit"])
 def test_the_tuners_trials_leave_the_schedule_and_the_draws(tune: str, again: bool, tmp_path: Path) -> None:
     from lightning.pytorch.tuner import Tuner
 

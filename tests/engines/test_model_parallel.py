@@ -63,7 +63,8 @@ def test_tensor_parallel(order: str, checkpoint: bool | None) -> None:
     assert_same(gradients(model), expected)
 
 
-@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [False, True])
 @on_ranks(2)
 def test_tensor_parallel_compiled_on_rows(checkpoint: bool) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

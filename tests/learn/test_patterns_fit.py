@@ -86,7 +86,9 @@ def test_a_renamed_argument_is_learnt(given: bool, caplog: pytest.LogCaptureFixt
     assert "LlamaDecoderLayer has a new argument 'rotary'" in line
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["example inputs", "first forward"])
+@pytest.mark.parametrize(
+    "given", [pytest.param(True, marks=pytest.mark.slow), False], ids=["example inputs", "first forward"]
+)
 def test_an_added_argument_is_learnt(given: bool, caplog: pytest.LogCaptureFixture) -> None:
     options = {"example_inputs": text()} if given else {}
     learnt = train(build(release(NEW_TENSOR)), **options)

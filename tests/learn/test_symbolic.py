@@ -90,6 +90,7 @@ def test_what_was_learnt_serves_other_numbers_of_words() -> None:
         assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_it_compiles_for_other_numbers_of_words() -> None:
     model = Diffusion(16).train()
     scheduler = ltd_fx.LTDScheduler(5, 16, 10, kind="constant")

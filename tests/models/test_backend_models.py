@@ -15,8 +15,9 @@ OTHERS = [(gpt2, text, (24, 32, 9)), (bert, text, (24, 32, 9)), (vit, image, (6,
 FOUR = [(llama, text, (24, 32, 9)), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
 
 
+@pytest.mark.slow
 @pytest.mark.compat("transformers")
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("make", "inputs", "lengths"), FOUR)
 def test_a_model_trains_as_the_transformed_one_does(
     make: Any, inputs: Any, lengths: tuple[int, ...], inner: str

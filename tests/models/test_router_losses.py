@@ -95,7 +95,8 @@ def through_a_file(model: nn.Module) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, pytest.param(through_a_file, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [copy.deepcopy, through_a_file])
 def test_copies_count_their_own(how: Callable[[nn.Module], Any]) -> None:
     model, given = made(mixtral), batch()
     other = how(model).train()

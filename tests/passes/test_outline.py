@@ -197,7 +197,9 @@ def test_outline_by_itself() -> None:
     }
 
 
-@pytest.mark.parametrize("way", ["export", "symbolic_trace", "unflatten"])
+@pytest.mark.parametrize(
+    "way", ["export", *(pytest.param(w, marks=pytest.mark.slow) for w in ("symbolic_trace", "unflatten"))]
+)
 def test_a_whole_schedule_is_two_graphs(way: str) -> None:
     model, scheduler = WAYS[way](Net().train()), LTDScheduler(4, LENGTH, 20, multiple_of=1)
     ltd_fx.transform(model, scheduler, layers=Block, example_inputs=(words(LENGTH),))
