@@ -105,8 +105,8 @@ def plain_draws(indices: Tensor, batch: int, seq_len: int, batch_first: bool) ->
 # ---- hidden states
 
 
-# Up to so many elements, dispatch costs more than the bytes that torch's own formulas move in the backward. A call of
-# one of our operators takes 57 to 75 microseconds on the H100's host, in which it moves a hundred megabytes.
+# Up to so many elements, dispatch costs more than the bytes that torch's own formulas move in the backward. (A call of
+# one of our operators took 57 to 129 microseconds on an H100's host, in which the H100 moves over a hundred megabytes.)
 _SMALL, _SMALL_ON_ACCELERATORS = 1 << 15, 1 << 22
 
 
