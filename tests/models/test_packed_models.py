@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,21 +224,26 @@ def test_a_function_is_not_known_by_its_name_alone() -> None:
 
 
 @pytest.mark.parametrize("backend", [None, *(pytest.param(b, marks=slow) for b in ("aot_eager", "inductor"))])
-@pytest.mark.parametrize("make", [mistral, pytest.param(gemma3, marks=slow)])
-def test_flex_attention_knows_where_a_token_was(make: Callable[..., nn.Module], backend: str | None) -> None:
+@pytest.mark.parametrize("given", ["position_ids", *(pytest.param(g, marks=slow) for g in ("cu_seq_lens", "seq_idx"))])
+@pytest.mark.parametrize("make", [mistral, *(pytest.param(m, marks=slow) for m in (gemma3, llama, qwen3))])
+def test_flex_attention_knows_where_a_token_was(
+    make: Callable[..., nn.Module], given: str, backend: str | None
+) -> None:
     """A window over the tokens of the whole row, within documents, over a schedule."""
     lengths = DOCUMENTS["four"]
-    model, dense = made(lambda: make(WINDOW), "flex_attention")
+    sliding = make in (mistral, gemma3)
+    model, dense = made(partial(make, WINDOW) if sliding else make, "flex_attention")
     scheduler = LTDScheduler(9, S, 3)
     ltd_fx.transform(model, scheduler)
-    inputs = packed(lengths, "position_ids")
+    inputs = packed(lengths, given)
+    plain = packed(lengths, "position_ids")
     step = model
     if backend is not None:
         with torch.no_grad():
             model(**inputs)  # The layers are tested.
         counter = CompileCounterWithBackend(backend)
         step = torch.compile(model, backend=counter)
-    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * 4
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention" if sliding else ""] * 4
     windows = {f"model.layers.{i}": WINDOW if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
     allowed = {name: documents_mask(lengths, window) for name, window in windows.items()}
     graphs = []
@@ -245,7 +251,7 @@ def test_flex_attention_knows_where_a_token_was(make: Callable[..., nn.Module], 
         with torch.no_grad():  # Its backward has no kernel on the CPU.
             ours = step(**inputs).logits
         every = {name: torch.arange(S)[None] for name in windows} | ltd_fx.sampled_indices(model)
-        reference = run_blocked(copy.deepcopy(dense), every, allowed, inputs)
+        reference = run_blocked(copy.deepcopy(dense), every, allowed, plain)
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
         scheduler.step()
         graphs.append(0 if backend is None else counter.frame_count)
