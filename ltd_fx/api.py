@@ -163,11 +163,10 @@ def compile_layers(model: Model, **options: Any) -> Model:
     root = model if found is None else found[0]
     if isinstance(root, fx.GraphModule):
         raise LTDError("ltd_fx.compile_layers: the model is an fx.GraphModule; call torch.compile on it instead")
-    if found is None:
-        names = [layer.name for stack in find_stacks(model, None) for layer in stack]
-    else:
-        names = [layer.name for layer in found[1].layers]
-    for name in names:
+    if found is not None:
+        found[1].state.numbers = None
+    stacks = find_stacks(model, None) if found is None else [found[1].layers]
+    for name in [layer.name for stack in stacks for layer in stack]:
         root.get_submodule(name).compile(**options)
     return model
 

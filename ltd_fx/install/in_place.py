@@ -22,7 +22,7 @@ from ltd_fx.install.unflattened import Unflattened, give_back
 from ltd_fx.learn import CallSite, layer_in
 from ltd_fx.passes import SCRIPTING, RoutedLayer, as_they_were, check_calls, routed_class, swap_back, swap_class
 from ltd_fx.prove import Examination
-from ltd_fx.runtime import RouteState, Site, Span
+from ltd_fx.runtime import RouteState, Site, Span, compiled_together
 from ltd_fx.schedule import LTDScheduler
 from ltd_fx.torch_private import pytree
 
@@ -244,7 +244,7 @@ def make_sites(
         span = spans.setdefault(first, Span()) if not (layer.enters and layer.leaves) else None
         slot, length = slots[layer.name], state.lengths[layer.share]
         sites.append(Site(layer.name, numbers[first], slot, state, length, span, in_graph))
-    return sites
+    return compiled_together(sites)
 
 
 def uninstall(model: nn.Module) -> None:

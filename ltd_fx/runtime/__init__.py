@@ -11,7 +11,7 @@ from ltd_fx.runtime.kernels import attentions, is_flash, kernel_of, window_of
 from ltd_fx.runtime.packed import PACKED, hand_boundaries, restart_positions
 from ltd_fx.runtime.preferences import SAMPLING, Batch, Preferences, Protect
 from ltd_fx.runtime.ranks import gather_from_ranks
-from ltd_fx.runtime.records import Draw, Site, Span
+from ltd_fx.runtime.records import Draw, Site, Span, compiled_together
 from ltd_fx.runtime.replay import sampled_indices
 from ltd_fx.runtime.split_merge import merge_output, split_hidden
 from ltd_fx.runtime.state import UNTESTED, RouteState

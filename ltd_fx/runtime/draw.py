@@ -11,7 +11,7 @@ from ltd_fx.runtime.eager import is_plain
 from ltd_fx.runtime.kernels import refuse_window
 from ltd_fx.runtime.records import Draw, Site
 from ltd_fx.runtime.state import RouteState, record
-from ltd_fx.torch_private import at_compile_time, constant_local_maybe, is_exporting
+from ltd_fx.torch_private import at_compile_time, constant_local_maybe, is_exporting, is_transforming
 
 
 def hidden_shape(site: Site, hidden: Any, batch_first: bool) -> tuple[int, int]:
@@ -115,8 +115,24 @@ def _indices(site: Site, hidden: Tensor, batch_first: bool, batch: int, seq_len:
     across = view if batch_first else view.transpose(0, 1)
     rank = state.preferences.rank(state.batch, key, number, across, keep, state.shared)
     like = state.key if state.shared else view
+    numbers = _together(site) if torch.compiler.is_compiling() else None
+    if numbers is not None and site.place is not None:
+        # The same call in each layer, so that the graph keeps one.
+        numbers, place = numbers.to(hidden.device), site.place.to(hidden.device)
+        drawn: Tensor = torch.ops.ltd_fx.sample_tokens(key, numbers, key, rows, seq_len, keep, rank)
+        return drawn.index_select(0, place)[0]
     indices: Tensor = torch.ops.ltd_fx.sample_tokens(key, number, like, rows, seq_len, keep, rank)
     return indices
+
+
+def _together(site: Site) -> Tensor | None:
+    """``[N]``: the sites that draw with this one in a compiled graph. By shares of documents it draws alone, in a
+    further call of its layer, and under ``torch.func``, which may map over the samples.
+    """
+    numbers = site.state.numbers
+    if numbers is None or site.state.batch.documents is not None or site._earlier or is_transforming():
+        return None
+    return numbers.get(site.share)
 
 
 def _warn_never_dense(state: RouteState, seq_len: int, max_length: int) -> None:

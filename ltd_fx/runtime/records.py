@@ -86,6 +86,8 @@ class Site:
         # These are tensors, not ints: as data, they let identical layers that are compiled one by one share a graph.
         self.first = torch.tensor(number, device=state.device)
         self.number = self.first  # The number of the call in progress.
+        self.share = None if length is None else length.share
+        self.place: Tensor | None = None  # ``[1]``: where it is among those that draw together.
         # A strong reference would be a cycle, for the layer holds its site, and keep the weights until it is collected.
         self._layer = weakref.ref(layer)
         self.state = state
@@ -160,6 +162,21 @@ class Site:
 
     def move(self, device: torch.device) -> None:
         self.first = self.number = self.first.to(device)
+        self.place = None if self.place is None else self.place.to(device)
+
+
+def compiled_together(sites: list[Site]) -> list[Site]:
+    """The same, which draw in one operator where they have the same share of the tokens."""
+    by_share: dict[float | None, dict[int, list[Site]]] = {}
+    for site in sites:
+        by_share.setdefault(site.share, {}).setdefault(site.index, []).append(site)
+    for share, numbered in by_share.items():
+        for place, alike in enumerate(numbered.values()):
+            for site in alike:
+                site.place = torch.tensor([place], device=site.first.device)
+        if site.state.numbers is not None:
+            site.state.numbers[share] = torch.tensor([*numbered], device=site.first.device)
+    return sites
 
 
 class Draw(NamedTuple):

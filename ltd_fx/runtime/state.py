@@ -71,6 +71,8 @@ class RouteState:
         self.together = Together()
         self.device = torch.device("cpu")
         self.sites: list[Member] = []
+        # ``[N]`` by share: sites that draw in one operator of a compiled graph. None: layers are compiled one by one.
+        self.numbers: dict[float | None, torch.Tensor] | None = {}
         self.warned = False
         self.untested = False  # Whether layers wait for a test of their patterns, and nobody was told.
         self.root = ""  # The class of the module whose forwards bring new keys, if there is one.
@@ -108,7 +110,7 @@ class RouteState:
 
     def set_forward(self, forward: int) -> None:
         """Rebind the key as it is after ``forward`` training forwards of the current step."""
-        # A fill is a kernel launch on an accelerator, where a copy from the host would synchronise.
+        # A fill is a launch on an accelerator, where a copy from the host would synchronise.
         self.key = torch.full((), self._first_key() + forward, dtype=torch.int64, device=self.device)
         self.fresh = True
 
@@ -218,8 +220,8 @@ class RouteState:
 
     def _move(self, device: torch.device) -> None:
         """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
-        self.device = device
-        self.key = self.key.to(device)
+        self.device, self.key = device, self.key.to(device)
+        self.numbers = self.numbers and {share: numbers.to(device) for share, numbers in self.numbers.items()}
         for site in self.sites:
             site.move(device)
 
