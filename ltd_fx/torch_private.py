@@ -54,6 +54,7 @@ __all__ = [
     "is_transforming",
     "make_graph",
     "mark_dynamic",
+    "mark_static",
     "must_recompute",
     "pytree",
     "replace_tensors",
@@ -185,6 +186,12 @@ def allow_side_effects(function: Callable[..., None], *args: Any) -> None:
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Have compiled graphs read the size of ``dim`` rather than be compiled again for each."""
     torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def mark_static(tensor: torch.Tensor) -> torch.Tensor:
+    """Have compiled graphs take its sizes as constants, also with ``dynamic=True``."""
+    torch._dynamo.mark_static(tensor)
+    return tensor
 
 
 def at_compile_time(function: Callable[[Any], None]) -> None:

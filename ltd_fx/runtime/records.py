@@ -12,7 +12,7 @@ from ltd_fx.runtime.kernels import attentions
 from ltd_fx.runtime.preferences import Batch
 from ltd_fx.runtime.state import RouteState, record
 from ltd_fx.schedule import ReservedLength
-from ltd_fx.torch_private import in_backward
+from ltd_fx.torch_private import in_backward, mark_static
 
 # The numbers of a layer's calls in one forward are this far apart. No model has as many layers.
 _CALL = 1 << 16
@@ -175,7 +175,8 @@ def compiled_together(sites: list[Site]) -> list[Site]:
             for site in alike:
                 site.place = torch.tensor([place], device=site.first.device)
         if site.state.numbers is not None:
-            site.state.numbers[share] = torch.tensor([*numbered], device=site.first.device)
+            # Else its size could be taken for that of a batch.
+            site.state.numbers[share] = mark_static(torch.tensor([*numbered], device=site.first.device))
     return sites
 
 

@@ -19,7 +19,7 @@ from ltd_fx.runtime.preferences import Batch, Preferences
 from ltd_fx.runtime.ranks import draw_rank, refuse_differences
 from ltd_fx.runtime.recomputes import Recomputes
 from ltd_fx.schedule import LTDScheduler, ReservedLength, refuse_position
-from ltd_fx.torch_private import allow_side_effects
+from ltd_fx.torch_private import allow_side_effects, mark_static
 
 UNTESTED = "ltd_fx: layers' patterns cannot be tested {}; pass example_inputs to ltd_fx.transform beforehand"
 
@@ -221,7 +221,7 @@ class RouteState:
     def _move(self, device: torch.device) -> None:
         """Follow the model to ``device`` once, so that no forward copies the key or a site's number there."""
         self.device, self.key = device, self.key.to(device)
-        self.numbers = self.numbers and {share: numbers.to(device) for share, numbers in self.numbers.items()}
+        self.numbers = self.numbers and {share: mark_static(n.to(device)) for share, n in self.numbers.items()}
         for site in self.sites:
             site.move(device)
 

@@ -109,8 +109,7 @@ def test_a_route_gathers_and_samples_once() -> None:
         counts.append(torch.tensor([sum(name in call for call in copies.calls) for name in names]))
     dense, one, six = counts
     assert (one - dense).tolist() == [1, 2, 1, 1, 1]  # a gather and a scatter forward, and a gather backward
-    # Layers draw together; those alone take arguments by torch's own indexing.
-    assert (six - dense).tolist() == [1, 12, 6, 0, 0]
+    assert (six - dense).tolist() == [1, 12, 6, 0, 0]  # one draw; arguments by torch's own indexing
 
 
 @pytest.mark.slow

@@ -96,6 +96,19 @@ def test_mark_dynamic(marked: bool, graphs: int) -> None:
     assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_mark_static(marked: bool) -> None:
+    """Its size is not taken for another that it equals at first."""
+    table = torch.ones(3, 2)
+    if marked:
+        assert torch_private.mark_static(table) is table
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: x.sum() + table.sum() * x.shape[0], backend=counter, dynamic=True)
+    for size in (3, 4, 5):
+        compiled(torch.ones(size))
+    assert counter.frame_count == (1 if marked else 2)
+
+
 def test_at_compile_time() -> None:
     """Once a graph, and with the locals of the function: a constant's value, and none for what the graph is given."""
     seen: list[tuple[Any, ...]] = []
