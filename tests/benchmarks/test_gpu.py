@@ -7,7 +7,7 @@ from typing import Any
 import gpu
 import pytest
 
-ALIKE = ("vit, compiled", "dit, compiled")  # "llama, compiled" runs the same code.
+ALIKE = ("vit, eager", "vit, compiled", "dit, compiled")  # These run the code of others.
 
 
 @pytest.mark.parametrize("left_out", [ALIKE, pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"])

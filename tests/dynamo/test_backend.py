@@ -182,6 +182,7 @@ def test_weights_may_be_replaced() -> None:
     torch.testing.assert_close(step(run, model, LENGTH), step(twin, twin, LENGTH))
 
 
+@pytest.mark.slow
 def test_it_resumes_before_its_first_forward() -> None:
     model, twin, schedulers = both()
     for _ in range(2):

@@ -49,6 +49,7 @@ class Run:
         return seen
 
 
+@pytest.mark.slow
 @pytest.mark.compat("accelerate")
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     whole = Run()

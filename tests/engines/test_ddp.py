@@ -116,8 +116,9 @@ def test_transform_after_ddp() -> None:
     assert_trains_as_expected(ddp, model, scheduler, llama)
 
 
-@pytest.mark.parametrize("where", ["layers", *(pytest.param(w, marks=pytest.mark.slow) for w in ("inside", "outside"))])
-@pytest.mark.parametrize("static_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["layers", "inside", "outside"])
+@pytest.mark.parametrize("static_graph", [False, True])
 @both_encoders
 @on_ranks(2)
 def test_ddp_compiled(build: Callable[[], nn.Module], static_graph: bool, where: str) -> None:

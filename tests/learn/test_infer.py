@@ -101,7 +101,12 @@ def test_sizes_that_coincide(batch: int, seq: int, keep: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "encoded", "decoded"),
-    [("t5 encoder", 9, 14), ("t5 decoder", 12, 12), ("bart encoder", 12, 12), ("bart decoder", 12, 12)],
+    [
+        pytest.param("t5 encoder", 9, 14, marks=pytest.mark.slow),
+        ("t5 decoder", 12, 12),
+        ("bart encoder", 12, 12),
+        ("bart decoder", 12, 12),
+    ],
 )
 def test_encoder_decoders(family: str, encoded: int, decoded: int) -> None:
     target = {f"decoder_{name}": value for name, value in text(3, decoded, "right").items()}

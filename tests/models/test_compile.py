@@ -28,9 +28,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         )
 
 
-@pytest.mark.parametrize(
-    "case", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in CASES], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, indirect=True)
 def test_a_walk_over_61_lengths_compiles_two_graphs(case: Case) -> None:
     """Each length's own graph would be 61; torch's default limit is 8."""
     model, inputs, seq_len = case.model(), case.inputs(), case.seq_len

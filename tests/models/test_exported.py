@@ -91,8 +91,9 @@ def traced(way: str, model: nn.Module, inputs: dict[str, Any], sizes: dict[str, 
     return unflatten(program) if way == "unflatten" else program.module()
 
 
+@pytest.mark.slow
 @pytest.mark.compat("transformers")
-@pytest.mark.parametrize("way", ["export", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("make", "inputs", "sizes", "lengths"), MODELS)
 def test_an_exported_model_trains_as_the_model_does(
     make: Any, inputs: Any, sizes: Any, lengths: tuple[int, ...], way: str

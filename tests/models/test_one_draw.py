@@ -43,8 +43,8 @@ class Draws:
     [
         ({}, 1),
         ({"keep": {"model.layers.2": 0.5}}, 2),
-        ({"sampling": "shared"}, 1),
-        ({"protect": 2}, 1),
+        pytest.param({"sampling": "shared"}, 1, marks=pytest.mark.slow),
+        pytest.param({"protect": 2}, 1, marks=pytest.mark.slow),
         pytest.param({"sampling": "per_document"}, 4, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -94,7 +94,7 @@ def encoder() -> nn.Module:
     return ltd_fx.transform(Encoder(4), LTDScheduler(4, 16, 10))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_torchscript(training: bool) -> None:
     model, hidden = encoder().train(training), torch.randn(2, 8, 16)
     with pytest.raises(LTDError, match=r"torch\.jit\.script cannot compile a transformed model; call ltd_fx\.restore"):

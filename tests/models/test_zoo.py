@@ -26,7 +26,7 @@ SAMPLE = {
 def marked(entry: Entry) -> Any:
     marks: list[Any] = [] if entry.name in SAMPLE else [pytest.mark.slow]
     if entry.library == "diffusers" and entry.name in SAMPLE:
-        marks.append(pytest.mark.compat("diffusers"))
+        marks += [pytest.mark.compat("diffusers"), pytest.mark.slow]
     return pytest.param(entry, id=f"{entry.library}: {entry.name}", marks=marks)
 
 

@@ -28,6 +28,7 @@ def accuracies(output: str) -> list[float]:
     return [float(share) for share in re.findall(r"accuracy ([\d.]+)%", output)]
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")

@@ -61,6 +61,7 @@ def test_boundaries_are_those_of_the_kept_tokens(sampling: str) -> None:
     assert given["cu_seq_lens_q"].equal(inputs["cu_seq_lens_q"])  # a hook sees all tokens
 
 
+@pytest.mark.slow
 def test_compiled_once_for_any_number_of_documents() -> None:
     torch.manual_seed(0)
     plain = Stack(Varlen).train()

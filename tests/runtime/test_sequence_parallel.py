@@ -96,6 +96,7 @@ def test_plain_shards_on_two_ranks(checkpoint: bool, compiled: bool) -> None:
     assert_shards_train_as_one_sequence(mesh, checkpoint, compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4)], ids=str)
 @on_ranks(4)
 def test_plain_shards_on_four_ranks(shape: tuple[int, int]) -> None:
