@@ -276,6 +276,7 @@ class RouteState:
         Preferences.lengthen,
         Preferences.needs_arguments,
         find_documents,
+        mark_static,
         Batch.is_wrapped,
     )
 
@@ -291,8 +292,7 @@ class RouteState:
 def record(function: Callable[..., None], *args: Any) -> None:
     """Call ``function``, which writes down what a forward did in attributes of ours.
 
-    Within ``torch.utils.checkpoint``, Dynamo refuses to trace a write to what is outside, since the recompute repeats
-    it. What is written here is the same then.
+    Within ``torch.utils.checkpoint``, Dynamo refuses writes to what is outside; a recompute writes the same here.
     """
     if torch.compiler.is_compiling():
         allow_side_effects(function, *args)

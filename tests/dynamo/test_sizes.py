@@ -44,7 +44,7 @@ def streams(batch: int, length: int) -> Tensor:
     [
         pytest.param(Net, ids, [(9, 9), (3, 9), (9, 12)], marks=pytest.mark.slow),
         pytest.param(Net, ids, [(1, 20), (2, 20), (1, 16)], marks=pytest.mark.slow),
-        (Streams, streams, [(3, D), (D, D), (2, 12)]),
+        pytest.param(Streams, streams, [(3, D), (D, D), (2, 12)], marks=pytest.mark.slow),
     ],
     ids=["batch is length", "one sequence", "length is width"],
 )

@@ -70,9 +70,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "ltd_fx.learn.patterns"]
 
 
-@pytest.mark.parametrize(
-    "given", [pytest.param(True, marks=pytest.mark.slow), False], ids=["example inputs", "first forward"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["example inputs", "first forward"])
 def test_a_renamed_argument_is_learnt(given: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Two models of one class train as the installed release does with its pattern; the log has one line."""
     options = {"example_inputs": text()} if given else {}

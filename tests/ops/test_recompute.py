@@ -40,7 +40,10 @@ def saved_shapes(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]
 
 @pytest.mark.parametrize(
     "build",
-    [decoder("Llama", use_cache=False), pytest.param(bert, marks=pytest.mark.slow)],
+    [
+        pytest.param(decoder("Llama", use_cache=False), marks=pytest.mark.slow),
+        pytest.param(bert, marks=pytest.mark.slow),
+    ],
     ids=["llama", "bert"],
 )
 def test_masks_and_tables_are_computed_again(build: Any) -> None:

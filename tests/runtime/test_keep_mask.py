@@ -88,6 +88,7 @@ def test_values_are_those_of_the_blocked_dense_layer() -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.slow
 def test_one_graph_whatever_their_number_and_none_of_them() -> None:
     model, twin = net(), net()
     counter = CompileCounterWithBackend("aot_eager")
