@@ -50,7 +50,6 @@ def test_the_identity_in_inductors_cache() -> None:
     assert inductor_pass(lambda module: None).uuid() is None
 
 
-@pytest.mark.slow
 def test_inductor_runs_passes_before_autograd() -> None:
     """Dynamo's graph has modules' names as its frame found them."""
     model, seen = Net().train(), []
