@@ -106,8 +106,8 @@ def transform(
             without recompiling; an accelerator is waited for, since the number is read.
         example_inputs: a tuple or dict for one forward; every routed layer is then proven right before anything
             changes, at a small size (see :func:`verify` for a proof at full size), and patterns that are not known
-            are learnt from it. Without, all this is done at the first training forward. A pattern that you registered
-            is trusted, with a warning, where nothing can be shown of it.
+            are learnt from it. Without, all this is done at the first training forward, or of layers to learn at an
+            evaluation before it. A pattern that you registered is trusted, with a warning, where nothing can be shown.
 
     Returns:
         ``model`` itself.

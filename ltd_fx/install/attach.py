@@ -1,8 +1,9 @@
 """``transform``'s last step: rewrite a model now; what no example inputs show waits for the first training forward."""
 
+import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,7 @@ from ltd_fx.install.hooks import (
     check_routes,
     refuse_unlearnt,
 )
-from ltd_fx.install.in_place import Rewrite, form_of, install, test_installed
+from ltd_fx.install.in_place import Rewrite, end_pending, form_of, install, take_out, test_installed
 from ltd_fx.install.outlined import Outlined
 from ltd_fx.install.router_losses import route_losses, unroute_losses
 from ltd_fx.learn import CallSite
@@ -32,6 +33,8 @@ from ltd_fx.torch_private import (
     pytree,
     without_modes,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -104,6 +107,7 @@ def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
     """
     if rewrite.pending and not rewrite.sites:
         install(model, rewrite, inputs)
+        end_pending(model, rewrite)
         return
     built_in = [layer for layer in rewrite.untested if not layer.vouched]
     if built_in and _obstacle(model, inputs) is None:
@@ -113,6 +117,8 @@ def complete(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
 def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a model whose patterns are to be inferred."""
     if not root.training:
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            torch.compiler.disable(_complete_early)(root, (args, kwargs))
         return
     if is_replica(root):
         refuse_replicas(root)
@@ -123,7 +129,41 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     rewrite = root.__dict__[REWRITE]
     rewrite.state.preferences.read(args, kwargs)  # What it refuses, it refuses before anything is done.
-    torch.compiler.disable(install)(root, rewrite, (args, kwargs))
+    torch.compiler.disable(_complete_by)(root, (args, kwargs))
+
+
+def _complete_by(root: nn.Module, inputs: Any) -> None:
+    rewrite = root.__dict__[REWRITE]
+    watching, rewrite.pending = rewrite.pending[1:], rewrite.pending[:1]
+    if rewrite.sites and form_of(inputs) in rewrite.forms:
+        rewrite.hooks = (*rewrite.hooks, *watching)
+    else:
+        for hook in watching:
+            hook.remove()
+        take_out(rewrite)  # What an evaluation showed that was called in another way.
+        rewrite.layers = cast("Sequence[CallSite]", rewrite.state.layers)
+        install(root, rewrite, inputs)
+    end_pending(root, rewrite)
+
+
+def _complete_early(root: nn.Module, inputs: Any) -> None:
+    """Learn from an evaluation before the first step: layers change their class where they are learnt, and what was
+    compiled of them before would be compiled again. What it does not show, the first training forward does.
+    """
+    rewrite = root.__dict__[REWRITE]
+    if is_replica(root) or form_of(inputs) in rewrite.forms:
+        return
+    hooks = rewrite.hooks
+    try:
+        with torch.enable_grad(), without_modes():
+            install(root, rewrite, inputs)
+    except LTDError as error:
+        logger.debug("ltd_fx: nothing was learnt from an evaluation: %s", error)
+        return
+    for hook in rewrite.pending[1:]:
+        hook.remove()
+    rewrite.pending = (rewrite.pending[0], *rewrite.hooks[len(hooks) :])  # Those that end if it is learnt again.
+    rewrite.hooks = hooks
 
 
 def _test(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -33,14 +33,11 @@ class Rewrite:
 
     state: RouteState
     layers: Sequence[CallSite]  # All target layers, dense ones too; they have patterns once installed.
-    # The sites of the routed ones, in order; there are none until installed.
-    sites: list[Site] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)  # Those of the routed ones, in order; none until installed.
     hooks: tuple[RemovableHandle, ...] = ()
-    # The hooks that wait for the first training forward, while patterns are to be inferred or tested at it.
-    pending: tuple[RemovableHandle, ...] = ()
+    pending: tuple[RemovableHandle, ...] = ()  # They wait for the first training forward, to learn or test patterns.
     first_hook: Callable[..., None] | None = None  # The one of the root, which copies of an fx.GraphModule lack.
-    # Whether the patterns are of the calls in training mode, where these are others than in eval mode.
-    training: bool = False
+    training: bool = False  # Whether the patterns are of calls in training mode, where eval mode has others.
     places: Places | None = None  # Where the layers are, once installed; an fx.GraphModule has none.
     forms: set[Any] = field(default_factory=set)  # The forms of arguments that the layers were examined with.
     original: fx.Graph | None = None  # The graph that an fx.GraphModule had, with one call_module a layer.
@@ -130,11 +127,8 @@ def install(model: nn.Module, rewrite: Rewrite, inputs: Any) -> None:
             try:
                 examination.rehearse(sites)
             except LTDError:
-                rewrite.sites = []
-                for site in sites:
-                    swap_back(site.layer)
+                take_out(rewrite)
                 raise
-    _end_pending(model, rewrite)
     if not isinstance(model, fx.GraphModule):
         rewrite.places = Places(model, sites)
         rewrite.hooks = (*rewrite.hooks, *watch_routes(model, sites))
@@ -193,7 +187,7 @@ def test_installed(model: nn.Module, rewrite: Rewrite, layers: Sequence[CallSite
     if not too_short and all(layer.proof is not None for layer in shown):
         rewrite.forms.add(form_of(inputs))
     if not rewrite.untested:
-        _end_pending(model, rewrite)
+        end_pending(model, rewrite)
     return None
 
 
@@ -219,7 +213,7 @@ def _set_examined(rewrite: Rewrite, layers: Sequence[CallSite]) -> None:
     rewrite.layers = [examined.get(layer.name, layer) for layer in rewrite.layers]
 
 
-def _end_pending(model: nn.Module, rewrite: Rewrite) -> None:
+def end_pending(model: nn.Module, rewrite: Rewrite) -> None:
     """The first training forward is not waited for any more."""
     for hook in rewrite.pending:
         hook.remove()
@@ -258,22 +252,28 @@ def uninstall(model: nn.Module) -> None:
         if done.unflattened is not None:
             give_back(root, done.unflattened)
     else:
-        for site in done.sites:
-            swap_back(site.layer)
+        take_out(done)
         unroute_losses(root)
     for hook in done.hooks:
         hook.remove()
-    _end_pending(root, done)
+    end_pending(root, done)
     done.undone = True
     del root.__dict__[REWRITE]
     if done.state.scheduler is not None and not done.copied:
         done.state.scheduler._attach(None)
 
 
+def take_out(rewrite: Rewrite) -> None:
+    """Turn routed layers in place into what they were."""
+    for site in rewrite.sites:
+        swap_back(site.layer)
+    rewrite.sites = []
+
+
 def find_rewrite_maybe(model: nn.Module) -> tuple[nn.Module, Rewrite] | None:
     """The transformed module, which is ``model`` or within it (torch.compile, DDP, ...), and what was done to it."""
     found = ((m, m.__dict__[REWRITE]) for m in model.modules() if REWRITE in m.__dict__)
-    return next(((m, rewrite) for m, rewrite in found if not rewrite.undone), None)
+    return next((pair for pair in found if not pair[1].undone), None)
 
 
 def find_rewrite(model: nn.Module) -> tuple[nn.Module, Rewrite]:

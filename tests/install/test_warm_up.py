@@ -50,7 +50,6 @@ def _fresh() -> None:
 
 
 def test_no_step_compiles_later(caplog: pytest.LogCaptureFixture) -> None:
-    """Of a program that evaluates before its first step: two graphs, and one for evaluation."""
     scheduler = LTDScheduler(2, S, 4)
     model, x = transformed(scheduler)
     counter = CompileCounterWithBackend("aot_eager")
@@ -61,6 +60,24 @@ def test_no_step_compiles_later(caplog: pytest.LogCaptureFixture) -> None:
     assert all(f"{name} took" in caplog.text for name in seconds)
     assert counter.frame_count == 3
     for _ in range(3):
+        step.eval()
+        with torch.no_grad():
+            step(x)
+        step.train()
+        for _ in range(2):
+            step(x).sum().backward()
+            scheduler.step()
+    assert scheduler.reserved_length == S
+    assert counter.frame_count == 3
+
+
+def test_an_evaluation_before_the_first_step_is_compiled_once() -> None:
+    """Two graphs of training, and one of evaluation, though the layers are learnt between."""
+    scheduler = LTDScheduler(2, S, 4)
+    model, x = transformed(scheduler)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(4):
         step.eval()
         with torch.no_grad():
             step(x)

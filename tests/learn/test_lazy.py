@@ -99,7 +99,8 @@ def test_eval_forwards_stay_plain_and_the_first_training_forward_routes() -> Non
     before = snapshot(model)
     assert ltd_fx.is_transformed(model)
     assert pending(model)
-    assert torch.equal(model.eval()(*inputs()), plain(*inputs()))
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(*inputs()), plain(*inputs()))
     assert pending(model)
     assert snapshot(model) == before
     assert_routed(model, kept_by(model.train()))
@@ -109,6 +110,39 @@ def test_eval_forwards_stay_plain_and_the_first_training_forward_routes() -> Non
     assert [site.aligned for site in sites] == [{"mask": (3,)}] * 2
     assert torch.equal(model.eval()(*inputs()), plain(*inputs()))
     assert snapshot(ltd_fx.restore(model)) == snapshot(plain)
+
+
+def test_an_evaluation_before_the_first_step_is_learnt_from() -> None:
+    """So that what is compiled of it need not be compiled again once the layers change their class."""
+    model, _ = net()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        out = model.eval()(*inputs())
+    assert torch.equal(out, ltd_fx.restore(plain).eval()(*inputs()))
+    assert not pending(model)
+    classes = [type(layer) for layer in model.layers]
+    assert_routed(model, kept_by(model.train()))
+    assert [type(layer) for layer in model.layers] == classes
+
+
+def test_an_evaluation_by_other_arguments_is_no_example_of_training() -> None:
+    """Without a mask nothing is learnt of masks; with one, each sequence's tokens must take theirs."""
+    model, _ = net()
+    stream, mask = inputs()
+    model.eval()(stream)
+    assert not pending(model)
+    assert_routed(model, kept_by(model.train()))
+    assert [site.aligned for site in ltd_fx.summary(model).sites if site.routed] == [{"mask": (3,)}] * 2
+    plain = ltd_fx.restore(copy.deepcopy(model)).eval()
+    assert torch.equal(model.eval()(stream, mask), plain(stream, mask))
+
+
+def test_an_evaluation_that_shows_nothing_is_waited_after() -> None:
+    """A token alone tells no dimension of tokens."""
+    model, _ = net()
+    model.eval()(inputs()[0][:, :1])
+    assert pending(model)
+    assert_routed(model, kept_by(model.train()))
 
 
 def test_the_first_forward_equals_that_of_example_inputs_and_moves_no_generator() -> None:
