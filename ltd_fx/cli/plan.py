@@ -73,6 +73,7 @@ def _table(plan: Plan, measured: Measured | None) -> str:
         ("operations saved", f"{plan.flops_saved:.1%}"),
         ("time saved", f"{plan.time_saved:.1%}"),
         ("activation memory saved at first", f"{plan.activations_saved:.1%}"),
+        *((f"CUDA graphs, multiple_of {multiple}", f"{count:,}") for multiple, count in plan.lengths.items()),
     ]
     if plan.dense_seconds is not None and plan.routing_seconds is not None:
         rows += [

@@ -44,6 +44,7 @@ class Rewrite:
     outlined: Outlined | None = None  # How that came of a flat one.
     unflattened: Unflattened | None = None  # What that was made of, where the root is no fx.GraphModule itself.
     absent: frozenset[str] = frozenset()  # Routed layers that this graph does not call: another one of the model does.
+    note: str = ""  # What ``warm_up`` measured.
     undone: bool = False  # Whether it was taken out again; a copy.copy of the module holds it still.
     copied: bool = False  # Whether copy.deepcopy made it: the scheduler drives the original still.
 
@@ -64,15 +65,14 @@ class Rewrite:
     def report(self, root: nn.Module) -> RewriteReport:
         """The layers with the graphs that they run, which are ``root``'s own if it is an ``fx.GraphModule``."""
         graphs = {site.name: _graph_of(root, site) for site in self.sites}
-        return RewriteReport([replace(layer, graph=graphs.get(layer.name)) for layer in self.layers])
+        return RewriteReport([replace(layer, graph=graphs.get(layer.name)) for layer in self.layers], self.note)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and ``torch.save(model)``."""
         return {**self.__dict__, "copied": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rewrite":
-        other = object.__new__(Rewrite)
-        memo[id(self)] = other
+        memo[id(self)] = other = object.__new__(Rewrite)
         other.__dict__.update(copy.deepcopy(self.__getstate__(), memo), copied=True)
         return other
 

@@ -30,9 +30,12 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """All target layers of a transformed model, in order (``sites``); ``str()`` is a table."""
+    """All target layers of a transformed model, in order (``sites``), and whether routing pays, where ``warm_up``
+    measured it (``note``, else empty); ``str()`` is a table.
+    """
 
     sites: list[CallSite]
+    note: str = ""
 
     def __str__(self) -> str:
         header = ("layer", "class", "tokens", "aligned", "why")
@@ -44,7 +47,7 @@ class RewriteReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         routed = sum(site.routed for site in self.sites)
-        return "\n".join([*lines, f"{routed} of {len(self.sites)} layers routed"])
+        return "\n".join([*lines, f"{routed} of {len(self.sites)} layers routed", *filter(None, [self.note])])
 
 
 def _dims(entry: Any) -> str:

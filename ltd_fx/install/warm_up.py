@@ -18,14 +18,18 @@ from ltd_fx.tree import leaves
 
 logger = logging.getLogger(__name__)
 
+_ROUNDS = 3  # Of which the fastest counts: what else the machine does only adds.
+
 
 def warm_up(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, float]:
-    """Compile the graphs of the whole schedule now, so that no later step waits for one.
+    """Compile the graphs of the whole schedule now, so that no later step waits for one, and measure whether it pays.
 
     A forward and backward of ``model`` at each kind of length (one token, some, all; for each share of layers that
     have their own), then a forward in eval mode under ``torch.no_grad``. The optimizer takes no step, and afterwards
     gradients, buffers, modes, the random state, the schedule and its draws are as they were. Call it as training will
-    call the model: compiled, under the same autocast, on the same device, on every rank.
+    call the model: compiled, under the same autocast, on the same device, on every rank. Three more passes on the first
+    length of the schedule and three on all tokens show what routing saves, which :func:`summary` tells from then on; a
+    warning is logged if it saves nothing, as with layers so small that starting their kernels takes longer.
 
     Args:
         model: transformed, with whatever is around it (``torch.compile``, DDP, ...).
@@ -61,6 +65,7 @@ def warm_up(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) 
                     if scheduler is not None:
                         scheduler.set_step(step)
                     timed(name, _train)
+                rewrite.note = _measure(model, args, kwargs, scheduler, state.device)
             finally:
                 if scheduler is not None:
                     scheduler.set_step(before)
@@ -69,6 +74,28 @@ def warm_up(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) 
     for site in rewrite.sites:
         site.begin_forward()  # What was drawn here is no forward of the user's.
     return seconds
+
+
+def _measure(model: nn.Module, args: Any, kwargs: Any, scheduler: LTDScheduler | None, device: torch.device) -> str:
+    """What a step on the schedule's first length takes of one on all tokens, in a sentence; empty if all are equal."""
+    if scheduler is None or not scheduler.length_at(0) < scheduler.length_at(scheduler.total_steps):
+        return ""
+    steps = {0: float("inf"), scheduler.total_steps: float("inf")}
+    for _ in range(_ROUNDS):
+        for step in steps:
+            scheduler.set_step(step)
+            start = time.perf_counter()
+            _train(model, args, kwargs)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            steps[step] = min(steps[step], time.perf_counter() - start)
+    first, last = steps.values()
+    of = f"{scheduler.length_at(0)} tokens takes {first / last:.0%} of the time of one on {scheduler.max_length}"
+    note = f"measured by warm_up: forward and backward on {of}"
+    if first >= last:
+        note += "; routing does not pay here: the layers, or the batch, are too small"
+        logger.warning("ltd_fx: %s", note)
+    return note
 
 
 def _kinds(scheduler: LTDScheduler | None, shares: tuple[float | None, ...]) -> dict[str, int]:

@@ -5,6 +5,7 @@ model) and c n^2 d in attention, c = 2 causal and 4 bidirectional; backward twic
 2104.04473, section 3.1, without recomputation). With fused attention, activations grow in proportion to the tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ltd_fx.errors import LTDError
@@ -30,6 +31,7 @@ _BYTES = 2  # A hidden state of 16 bits has so many bytes.
 _ROUTING_ELEMENTS = 4
 # A routed layer runs about so many more kernels a step, and a device starts one in about so many seconds.
 _KERNELS, _LAUNCH = 6, 4e-6
+_FEW = 16  # So many CUDA graphs are few.
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Plan:
         dense_seconds: of the whole run at ``utilisation`` of the device's peak; ``None`` without a device.
         time_saved: the share of time; without a device, that of operations.
         activations_saved: the share of activation memory at the first step.
+        lengths: how many lengths below the full one the layers keep, by ``multiple_of``: the scheduler's, and coarser
+            ones until few are left. A compiled graph serves them all, of CUDA graphs each needs one.
         warnings: why it may not pay; empty where it does.
     """
 
@@ -54,6 +58,7 @@ class Plan:
     dense_seconds: float | None
     time_saved: float
     activations_saved: float
+    lengths: dict[int, int]
     warnings: tuple[str, ...]
 
 
@@ -142,8 +147,20 @@ def make_plan(
         dense_seconds,
         time_saved,
         routed * (model.seq_len - first) / (model.layers * model.seq_len),
+        _count(lengths, scheduler),
         _warnings(model, scheduler, steps, saved / dense, time_saved),
     )
+
+
+def _count(lengths: Iterable[int], scheduler: LTDScheduler) -> dict[int, int]:
+    """How many of ``lengths`` are below the full one, had they been rounded to coarser multiples."""
+    multiple, counts = scheduler.multiple_of, dict[int, int]()
+    while multiple <= scheduler.max_length and (not counts or counts[multiple // 2] > _FEW):
+        least = -(-scheduler.min_length // multiple) * multiple
+        rounded = {max(length - length % multiple, least) for length in lengths}
+        counts[multiple] = sum(length < scheduler.max_length for length in rounded)
+        multiple *= 2
+    return counts
 
 
 def _warnings(model: Model, scheduler: LTDScheduler, steps: int, saved: float, time_saved: float) -> tuple[str, ...]:

@@ -1,7 +1,10 @@
 """All graphs of a schedule ahead, and nothing else changed."""
 
 import copy
+import itertools
 import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +144,21 @@ def test_the_kinds_of_lengths(scheduler: LTDScheduler | None, options: Any, name
     found = list(ltd_fx.warm_up(model, (x,)))
     assert found[: len(names)] == names
     assert found[-1] == "evaluation"
+
+
+@pytest.mark.parametrize(("first", "last", "pays"), [(0.5, 2.0, True), (2.0, 1.0, False)])
+def test_the_summary_tells_whether_routing_pays(
+    first: float, last: float, pays: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = itertools.accumulate(itertools.cycle([0.0, first, 0.0, last]))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(sys.modules["ltd_fx.install.warm_up"], "time", clock)
+    model, x = transformed(LTDScheduler(2, S, 4))
+    assert ltd_fx.summary(model).note == ""
+    ltd_fx.warm_up(model, (x,))
+    said = f"forward and backward on 2 tokens takes {first / last:.0%} of the time of one on {S}"
+    assert said in str(ltd_fx.summary(model))
+    assert ("does not pay" in ltd_fx.summary(model).note) == ("does not pay" in caplog.text) == (not pays)
 
 
 def test_what_cannot_be_warmed_up() -> None:

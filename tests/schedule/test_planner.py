@@ -1,6 +1,7 @@
 """The planner against published runs, and operations counted by torch; and its command."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -85,6 +86,17 @@ def test_warnings(steps: int, lengths: Any, dense: int, warning: str) -> None:
     assert any(warning in text for text in plan.warnings)
 
 
+@pytest.mark.parametrize("least", [1, 5, 40])
+def test_cuda_graphs_are_counted(least: int) -> None:
+    """As many as there are lengths when the schedule itself has the coarser multiple."""
+    plan = make_plan(Model(4, 8, 96), LTDScheduler(least, 96, 200, multiple_of=2), 300)
+    assert next(iter(plan.lengths)) == 2
+    for multiple, count in plan.lengths.items():
+        coarse = LTDScheduler(least, 96, 200, multiple_of=multiple)
+        assert count == len({coarse.length_at(step) for step in range(300)} - {96})
+    assert all(count > 16 for count in list(plan.lengths.values())[:-1])
+
+
 SIZES = {"--layers": 24, "--hidden": 2048, "--seq": 2048, "--schedule": "128:2048:16:200000", "--steps": 286_102}
 COMMAND = ["plan", *(str(word) for pair in SIZES.items() for word in pair)]
 
@@ -94,6 +106,7 @@ def test_command(capsys: Any) -> None:
     text = capsys.readouterr().out
     assert "30.3%" in text
     assert "hours, routed" in text
+    assert re.search(r"^CUDA graphs, multiple_of 128 +15$", text, re.MULTILINE)
     assert main([*COMMAND, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layer_tokens_saved"] == pytest.approx(0.303, abs=5e-4)
 
