@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools/bin
 LOCK := requirements.lock
 
-.PHONY: demo test test-all lint docs package lock canary matrix peers bench bench-cuda gpu clean
+.PHONY: demo test test-all lint docs package lock canary matrix peers bench bench-cuda gpu study study-all clean
 
 demo: $(VENV)/.examples ## train a GPT on Python's own source, dense and routed, and compare
 	$(BIN)/python examples/train_gpt.py
@@ -61,6 +61,13 @@ bench-cuda: $(VENV)/.dev ## the CUDA kernels' benchmarks, on a GPU
 
 gpu: ## all that only a GPU can show, in 8 minutes, with the Python at hand (DRY=--dry: on the CPU): docs/gpu.md
 	PYTHONPATH=.:tests/benchmarks $(PYTHON) tests/benchmarks/gpu.py $(DRY)
+
+study: $(VENV)/.study ## does it learn? A part of the study with another seed, in 20 minutes on 2 cores: inside what is published?
+	$(BIN)/python study/short.py
+
+study-all: $(VENV)/.study ## all of it, in hours, and docs/learning.md from it
+	$(BIN)/python study/all.py
+	$(BIN)/python study/report.py
 
 $(VENV)/.%: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
