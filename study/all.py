@@ -77,10 +77,12 @@ def log_of(job: Job) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only runs whose name begins so, as in text/")
+    parser.add_argument("--seed", type=int, help="only runs of this seed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--side-by-side", type=int, default=2, help="runs at once, a core each")
     args = parser.parse_args()
-    run_all([job for job in jobs() if job[0].startswith(args.only)], args.results, args.side_by_side)
+    chosen = [job for job in jobs() if job[0].startswith(args.only) and args.seed in (None, job[1])]
+    run_all(chosen, args.results, args.side_by_side)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,21 @@ def parts(rows: list[Row]) -> str:
     )
 
 
+def pause(rows: list[Row]) -> str:
+    kinds = ("warm_up", "first", "steps", "evaluations")
+    return table(
+        (
+            "",
+            "graphs",
+            "in warm_up, s",
+            "first evaluation and step, s",
+            "longest later step, s",
+            "longest later evaluation, s",
+        ),
+        ((r["setting"], r["graphs"], *(f"{r[kind]:.2f}" for kind in kinds)) for r in rows),
+    )
+
+
 def dispatch(rows: list[Row]) -> str:
     variants = ("dense", "hand-written", "routed")
     return table(
@@ -166,7 +181,7 @@ def growth_fit(rows: list[Row]) -> str:
 # by its place in the page: the results it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     f.__name__: (f.__name__, f)
-    for f in (speed, static, memory, traffic, walk, depth, parts, dispatch, growth, growth_fit)
+    for f in (speed, static, memory, traffic, walk, depth, parts, pause, dispatch, growth, growth_fit)
 } | {"efficiency": ("speed", efficiency)}
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 import claims
+import short
 from claims import CLAIMS, Claim, percent
 from config import RUNS, load
 from intervals import of_mean, of_next
@@ -71,3 +72,8 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     shutil.copy(page, tmp_path)
     subprocess.run([sys.executable, ROOT / "study" / "report.py", tmp_path / page.name], check=True)
     assert (tmp_path / page.name).read_text() == page.read_text()
+
+
+def test_the_short_study_ends_where_the_published_runs_were_looked_at() -> None:
+    for run, _, until in short.jobs():
+        assert until in load(run).evaluated()
