@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 __all__ = [
+    "COMPILED_CALL",
     "backend_named",
     "compile_number",
     "compiled_in_place",
@@ -114,9 +115,13 @@ def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> Non
     held[name] = tensor
 
 
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that its ``compile`` method sets: another function for each module."""
+
+
 def compiled_in_place(module: nn.Module) -> bool:
     """Whether the module's ``compile`` method was called."""
-    return module._compiled_call_impl is not None
+    return getattr(module, COMPILED_CALL) is not None
 
 
 def backend_named(backend: Any) -> Any:

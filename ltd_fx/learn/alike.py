@@ -10,7 +10,10 @@ from torch import fx, nn
 from ltd_fx.learn.hooks import forward_hooks, may_change
 from ltd_fx.learn.numbers import NUMBERS
 from ltd_fx.torch_private import pytree
+from ltd_fx.torch_private_dynamo import COMPILED_CALL
 from ltd_fx.tree import leaves
+
+_OWN = {*NUMBERS, COMPILED_CALL}  # Each layer has another, and is none the less like the others.
 
 
 def likeness(slot: nn.Module) -> Any:
@@ -21,7 +24,7 @@ def likeness(slot: nn.Module) -> Any:
             module.code if isinstance(module, fx.GraphModule) else type(module),  # fx makes a class for each
             tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             tuple((n, _content(b)) for n, b in module.named_buffers(recurse=False, remove_duplicate=False)),
-            tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in NUMBERS and _is_plain(v)),
+            tuple((n, repr(v)) for n, v in sorted(vars(module).items()) if n not in _OWN and _is_plain(v)),
             tuple(id(hook) for hook in forward_hooks(module) if module is not slot and may_change(hook)),
         )
         for name, module in slot.named_modules()

@@ -145,6 +145,7 @@ def test_compiled_in_place() -> None:
     module.inner.compile(backend="eager")
     assert torch_private_dynamo.compiled_in_place(module.inner)
     assert not torch_private_dynamo.compiled_in_place(module)
+    assert vars(module.inner)[torch_private_dynamo.COMPILED_CALL] is not None
 
 
 def test_custom_graph_pass() -> None:
