@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from config import Config
 from dit import DiT
 from features import frechet_distance, trained
-from glyphs import SIZE, letters
+from glyphs import letters
 from torch import Tensor, nn
 
 COPIES = 24  # training images of each letter in each face
@@ -23,13 +23,14 @@ class Diffuse:
     def __init__(self, config: Config, device: str) -> None:
         self.config, self.device = config, device
         self.classes: int = config.settings["classes"]
-        self.train = letters(self.classes, COPIES)
-        self.tokens = (SIZE // config.settings["patch"]) ** 2
+        self.side: int = config.settings["side"]
+        self.train = letters(self.classes, COPIES, self.side)
+        self.tokens = (self.side // config.settings["patch"]) ** 2
         self.layers: int = config.settings["depth"]
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return DiT(SIZE, **self.config.settings).to(self.device)
+        return DiT(**self.config.settings).to(self.device)
 
     def loss(self, model: nn.Module, seed: int, step: int, length: int) -> Tensor:
         """Mean squared error of the velocity."""
@@ -50,7 +51,7 @@ class Diffuse:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Fréchet distance of samples to images; how many samples a classifier takes for their class, in percent."""
         judge = trained(self.classes).to(self.device)
-        images = letters(self.classes, 4, seed=1).pixels.to(self.device)
+        images = letters(self.classes, 4, self.side, seed=1).pixels.to(self.device)
         classes = torch.arange(self.classes, device=self.device).repeat(SAMPLES)
         measured = {}
         for guidance in GUIDANCE:
@@ -62,8 +63,9 @@ class Diffuse:
         return measured
 
     def sample(self, model: nn.Module, classes: Tensor, guidance: float) -> Tensor:
-        """Images ``[N, 1, 16, 16]`` of ``classes`` ``[N]``, by Euler's method; the same noise at every call."""
-        noise = torch.randn(len(classes), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(self.device)
+        """Images ``[N, 1, side, side]`` of ``classes`` ``[N]``, by Euler's method; the same noise at every call."""
+        size = len(classes), 1, self.side, self.side
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(self.device)
         parts = []
         for images, named in zip(noise.split(130), classes.split(130), strict=True):
             none = torch.full_like(named, self.classes)

@@ -12,7 +12,7 @@ STEPS, BATCH = 600, 128
 
 
 class FeatureNet(nn.Module):
-    """Images ``[N, 1, 16, 16]`` to logits."""
+    """Images ``[N, 1, H, W]``, looked at as 16 x 16 pixels, to logits."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class FeatureNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """``[N, 64]``."""
-        return torch.cat([self.layers(part) for part in images.split(256)])
+        return torch.cat([self.layers(F.adaptive_avg_pool2d(part, 16)) for part in images.split(256)])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

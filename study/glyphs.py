@@ -1,4 +1,4 @@
-"""Letters drawn from the fonts that matplotlib ships, 16 x 16 pixels, and scikit-learn's digits, 8 x 8."""
+"""Letters drawn from the fonts that matplotlib ships, and scikit-learn's digits, 8 x 8 pixels."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-SIZE, SUPERSAMPLED = 16, 64
+SUPERSAMPLED = 4  # each way
 HELD_OUT = ("DejaVuSansMono-Oblique", "DejaVuSerif-BoldItalic", "STIXGeneral")  # faces
 FIRST, LAST = 0x41, 0x4FF  # Latin, Greek and Cyrillic
 
@@ -40,32 +40,34 @@ def digits() -> tuple[Images, Images]:
     return train, held_out
 
 
-def letters(classes: int, copies: int, *, held_out: bool = False, seed: int = 0) -> Images:
+def letters(classes: int, copies: int, side: int = 16, *, held_out: bool = False, seed: int = 0) -> Images:
     """``copies`` images of each of the first ``classes`` letters in each face: moved, turned and scaled at random.
 
     Args:
+        side: of the images, in pixels.
         held_out: the faces that no model is trained on, instead of the others.
         seed: of how each is moved; another one makes other images of the same faces.
     """
-    name = f"letters-{classes}-{copies}-{held_out:d}-{seed}-{matplotlib.__version__}-{version('freetype2')}.pt"
+    name = f"letters-{classes}-{copies}-{side}-{held_out:d}-{seed}-{matplotlib.__version__}-{version('freetype2')}.pt"
     if not (SCRATCH / name).exists():
         random = np.random.default_rng(seed)
         chosen = alphabet()[:classes]
-        faces = [ImageFont.truetype(path, 48) for path in font_files() if (path.stem in HELD_OUT) == held_out]
-        pixels = [draw(letter, face, random) for _ in range(copies) for face in faces for letter in chosen]
+        faces = [ImageFont.truetype(path) for path in font_files() if (path.stem in HELD_OUT) == held_out]
+        pixels = [draw(letter, face, side, random) for _ in range(copies) for face in faces for letter in chosen]
         write(SCRATCH / name, lambda path: torch.save(torch.tensor(np.stack(pixels)), path))
     drawn = torch.load(SCRATCH / name, weights_only=True)
     return Images(drawn[:, None].float() / 127.5 - 1, torch.arange(classes).repeat(len(drawn) // classes))
 
 
-def draw(letter: str, face: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
-    """One image, uint8 ``[16, 16]``."""
-    image = Image.new("L", (SUPERSAMPLED, SUPERSAMPLED))
-    x, y = SUPERSAMPLED / 2 + random.uniform(-5, 5, 2)
-    sized = face.font_variant(size=round(random.uniform(38, 56)))
+def draw(letter: str, face: ImageFont.FreeTypeFont, side: int, random: np.random.Generator) -> np.ndarray:
+    """One image, uint8 ``[side, side]``."""
+    canvas = SUPERSAMPLED * side
+    image = Image.new("L", (canvas, canvas))
+    x, y = canvas * (0.5 + random.uniform(-0.08, 0.08, 2))
+    sized = face.font_variant(size=round(canvas * random.uniform(0.6, 0.88)))
     ImageDraw.Draw(image).text((x, y), letter, 255, sized, anchor="mm")
     turned = image.rotate(random.uniform(-12, 12), Image.Resampling.BILINEAR)
-    return np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(turned.resize((side, side), Image.Resampling.BOX))
 
 
 def font_files() -> list[Path]:
