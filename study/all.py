@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)  # for the small ones
-SWEEP_SEED = 100
-SWEEP = ["text/lr-1e-3", "text/lr-2e-3", "text/lr-4e-3", "text/lr-8e-3"]
+# the dense model's learning rate: a quarter of the steps, then whole runs beside the best one
+SWEEP = {"text/lr-1e-3": 100, "text/lr-2e-3": 100, "text/lr-4e-3": 100, "text/lr-8e-3": 100}
+SWEEP |= {"text/long-2e-3": 0, "text/long-8e-3": 0}
 ARMS = [
     *("text/dense", "text/random-ltd", "text/dense-short", "text/random-ltd-lr", "text/truncation", "text/both"),
     *("text/route", "text/half"),
@@ -30,7 +31,7 @@ Job = tuple[str, int, int | None]  # run, seed, the step to stop after
 
 def jobs() -> list[Job]:
     """In order: every claim by one seed first, then by another."""
-    first = [(run, SWEEP_SEED) for run in SWEEP] + [(arm, seed) for seed in SEEDS for arm in ARMS]
+    first = list(SWEEP.items()) + [(arm, seed) for seed in SEEDS for arm in ARMS]
     more = [(arm, seed) for seed in MORE_SEEDS for arm in ARMS if arm.startswith("digits/")]
     return [(run, seed, None) for run, seed in first + more]
 
@@ -39,10 +40,11 @@ def run_all(todo: list[Job], results: Path, side_by_side: int = 2) -> None:
     """Each in a process of its own, with one thread.
 
     Raises:
-        SystemExit: one failed, or Ctrl-C; runs under way have left checkpoints.
+        SystemExit: one failed, or SIGTERM; as after Ctrl-C, runs under way have left checkpoints.
     """
     todo = [job for job in todo if not (results / f"{job[0]}-{job[1]}.json").exists()]
     under_way: dict[Job, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the runs are, too
     with tqdm(total=len(todo), desc="runs", dynamic_ncols=True) as bar:
         try:
             while todo or under_way:

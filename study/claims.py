@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from intervals import Interval, of_mean
+from intervals import of_mean
 from outcomes import Result, at, at_the_end, results
 
 Runs = dict[int, Result]  # by seed
@@ -34,16 +34,17 @@ class Claim:
     margin: float = 0.0
     worse: bool = False
 
-    def interval(self) -> Interval | None:
-        """Of the mean effect over the seeds that both arms have; ``None`` below two seeds."""
+    def effects(self) -> list[float]:
+        """One of each seed that both arms have."""
         ours, theirs = results().get(self.arm, {}), results().get(self.against, {})
-        effects = [self.effect(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-        return of_mean(effects) if len(effects) > 1 else None
+        return [self.effect(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
     def verdict(self) -> str:
-        interval = self.interval()
-        if interval is None:
-            return "not run yet"
+        """*shown* or *contradicted* where the whole interval says so, *not shown* where it straddles."""
+        effects = self.effects()
+        if len(effects) < 2:
+            return "one seed" if effects else "not run yet"
+        interval = of_mean(effects)
         # how much better than claimed, at the least and at the most
         sign = -self.better if self.worse else self.better
         least, most = sorted((sign * interval.low + self.margin, sign * interval.high + self.margin))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from all import SWEEP, SWEEP_SEED
+from all import SWEEP
 from claims import CLAIMS
 from files import HERE
 from intervals import of_mean
@@ -31,9 +31,9 @@ METRICS = {
 def claims() -> str:
     rows = []
     for claim in CLAIMS:
-        interval = claim.interval()
-        effect = "" if interval is None else f"{interval} {claim.unit}"
-        rows.append((claim.text, f"**{claim.verdict()}**", effect, "" if interval is None else interval.seeds))
+        effects = claim.effects()
+        said = [f"{of_mean(effects) if len(effects) > 1 else f'{effects[0]:+.2f}'} {claim.unit}"] if effects else [""]
+        rows.append((claim.text, f"**{claim.verdict()}**", *said, len(effects)))
     return table(("claim", "verdict", "effect, 95% interval", "seeds"), rows)
 
 
@@ -63,11 +63,10 @@ def spread(values: list[float]) -> str:
 
 
 def sweep() -> str:
-    runs = [results()[name][SWEEP_SEED] for name in SWEEP if name in results()]
-    return table(
-        ("learning rate", "held-out loss, dense"),
-        [(run["config"]["lr"], f"{at_the_end(run, 'loss'):.4f}") for run in runs],
-    )
+    chosen = results().get("text/dense", {}).get(0)
+    runs = [results()[name][seed] for name, seed in SWEEP.items() if name in results()] + ([chosen] if chosen else [])
+    rows = sorted((run["config"]["steps"], run["config"]["lr"], f"{at_the_end(run, 'loss'):.4f}") for run in runs)
+    return table(("steps", "learning rate", "held-out loss, dense"), rows)
 
 
 def cost() -> str:
