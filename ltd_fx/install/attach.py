@@ -157,7 +157,8 @@ def _complete_early(root: nn.Module, inputs: Any) -> None:
     try:
         with torch.enable_grad(), without_modes():
             install(root, rewrite, inputs)
-    except LTDError as error:
+    except Exception as error:  # Nobody asked for it. If training fails by it too, that says so.
+        take_out(rewrite)
         logger.debug("ltd_fx: nothing was learnt from an evaluation: %s", error)
         return
     for hook in rewrite.pending[1:]:

@@ -12,6 +12,7 @@ from toy import Wrapper, snapshot
 
 import ltd_fx
 from ltd_fx import LTDError, LTDScheduler
+from ltd_fx.prove import Examination
 
 BATCH, LENGTH, KEEP = 3, 12, 5
 ROUTED = ["layers.1", "layers.2"]
@@ -142,6 +143,17 @@ def test_an_evaluation_that_shows_nothing_is_waited_after() -> None:
     model, _ = net()
     model.eval()(inputs()[0][:, :1])
     assert pending(model)
+    assert_routed(model, kept_by(model.train()))
+
+
+def test_an_evaluation_that_cannot_be_learnt_from_is_none_the_less_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong."""
+    model, _ = net()
+    before = snapshot(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(Examination, "rehearse", lambda *_: 1 / 0)
+        model.eval()(*inputs())
+    assert snapshot(model) == before
     assert_routed(model, kept_by(model.train()))
 
 
