@@ -92,6 +92,21 @@ def test_a_skipped_layer(skip: str) -> None:
     model(STREAM)
 
 
+@pytest.mark.parametrize("call", [lambda model: model(STREAM), lambda model: model(hidden=STREAM)])
+def test_a_skipped_layer_of_a_route_that_an_evaluation_showed(call: Callable[[Model], Tensor]) -> None:
+    """The modules around it are watched once, whether it is learnt again, as called otherwise, or not."""
+    model = routed()
+    call(model.eval())
+    hooks = len(model.norm._forward_pre_hooks)
+    model.train()(STREAM)
+    assert len(model.norm._forward_pre_hooks) == hooks == 1
+    model.skipped, message = SKIPS["the last two"]
+    with pytest.raises(LTDError, match=message):
+        model(STREAM)
+    ltd_fx.restore(model)
+    assert not model.norm._forward_pre_hooks
+
+
 def test_a_layer_within_the_route_may_be_skipped() -> None:
     model = routed()
     model(STREAM)
