@@ -18,10 +18,10 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)  # for the small ones
 # the dense model's learning rate: a quarter of the steps, then whole runs beside the best one
 SWEEP = {"text/lr-1e-3": 100, "text/lr-2e-3": 100, "text/lr-4e-3": 100, "text/lr-8e-3": 100}
-SWEEP |= {"text/long-2e-3": 0, "text/long-8e-3": 0}
+SWEEP |= {"text/long-1e-3": 0, "text/long-8e-3": 0}
+TEXT = ["dense", "random-ltd", "dense-short", "random-ltd-lr", "truncation", "both", "route", "half"]
 ARMS = [
-    *("text/dense", "text/random-ltd", "text/dense-short", "text/random-ltd-lr", "text/truncation", "text/both"),
-    *("text/route", "text/half"),
+    *(f"text/{arm}" for arm in TEXT),
     *("digits/dense", "digits/random-ltd", "letters/dense", "letters/random-ltd"),
     *("diffusion/dense", "diffusion/route-half", "diffusion/route-quarter", "diffusion/route-to-the-end"),
     "diffusion/random-ltd",
@@ -33,7 +33,8 @@ def jobs() -> list[Job]:
     """In order: every claim by one seed first, then by another."""
     first = list(SWEEP.items()) + [(arm, seed) for seed in SEEDS for arm in ARMS]
     more = [(arm, seed) for seed in MORE_SEEDS for arm in ARMS if arm.startswith("digits/")]
-    return [(run, seed, None) for run, seed in first + more]
+    hot = [(f"hot/{arm}", SEEDS[0]) for arm in TEXT]
+    return [(run, seed, None) for run, seed in first + more + hot]
 
 
 def run_all(todo: list[Job], results: Path, side_by_side: int = 2) -> None:

@@ -4,10 +4,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from config import Config
-from glyphs import Images, alphabet, digits, letters
+from glyphs import digits, letters
 from torch import Tensor, nn
 
-COPIES, HELD_OUT_COPIES = 6, 4
+COPIES, HELD_OUT_COPIES = 24, 12  # of each letter in each face
 
 
 class Classify:
@@ -17,8 +17,12 @@ class Classify:
 
     def __init__(self, config: Config, device: str) -> None:
         self.config, self.device = config, device
-        self.train, self.held_out = digits() if config.settings["images"] == "digits" else all_letters()
-        self.classes = int(self.train.labels.max()) + 1
+        self.classes: int = config.settings["classes"]
+        if config.settings["images"] == "digits":
+            self.train, self.held_out = digits()
+        else:
+            self.train = letters(self.classes, COPIES)
+            self.held_out = letters(self.classes, HELD_OUT_COPIES, held_out=True)
         side = self.train.pixels.shape[-1]
         self.tokens = (side // config.settings["patch"]) ** 2 + 1
         self.layers: int = config.settings["depth"]
@@ -54,11 +58,6 @@ class Classify:
         logits = torch.cat([model(pixels.to(self.device)).float().cpu() for pixels, _ in parts])
         right = (logits.argmax(-1) == self.held_out.labels).double().mean().item()
         return {"loss": F.cross_entropy(logits, self.held_out.labels).item(), "accuracy": 100 * right}
-
-
-def all_letters() -> tuple[Images, Images]:
-    classes = len(alphabet())
-    return letters(classes, COPIES), letters(classes, HELD_OUT_COPIES, held_out=True)
 
 
 make = Classify

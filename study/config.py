@@ -1,4 +1,4 @@
-"""What one run is: a TOML file in ``runs/``; with ``extends``, only what differs from another of that folder."""
+"""What one run is: a TOML file in ``runs/``; with ``extends``, only what differs from another one."""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -102,4 +102,4 @@ def load(name: str) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     base = values.pop("extends", None)
-    return values if base is None else _read(path.with_name(base)) | values
+    return values if base is None else _read(path.parent / base) | values

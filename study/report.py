@@ -17,6 +17,7 @@ PAGE = HERE.parent / "docs" / "learning.md"
 REPEATS = HERE / "repeats"  # runs done once more, on a fresh clone
 METRICS = {
     "text": {"loss": "loss, nats a byte", "python": "Python", "prose": "prose"},
+    "hot": {"loss": "loss, nats a byte", "python": "Python", "prose": "prose"},
     "letters": {"loss": "loss", "accuracy": "accuracy, %"},
     "digits": {"loss": "loss", "accuracy": "accuracy, %"},
     "diffusion": {
@@ -63,8 +64,8 @@ def spread(values: list[float]) -> str:
 
 
 def sweep() -> str:
-    chosen = results().get("text/dense", {}).get(0)
-    runs = [results()[name][seed] for name, seed in SWEEP.items() if name in results()] + ([chosen] if chosen else [])
+    tried = SWEEP | {"text/dense": 0, "hot/dense": 0}
+    runs = [results()[name][seed] for name, seed in tried.items() if name in results()]
     rows = sorted((run["config"]["steps"], run["config"]["lr"], f"{at_the_end(run, 'loss'):.4f}") for run in runs)
     return table(("steps", "learning rate", "held-out loss, dense"), rows)
 
