@@ -2,11 +2,12 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from ltd_fx.errors import LTDError
 from ltd_fx.install.graph_module import targets_of
@@ -80,8 +81,7 @@ def attach(
             state.untested, rewrite.first_hook = True, _test
             rewrite.pending = (add_root_hook(model, _test),)
     else:
-        refusing = (add_root_hook(model.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
-        rewrite.pending = (add_root_hook(model, _complete), *refusing)
+        rewrite.pending = (add_root_hook(model, _complete), *_refuse(model, rewrite))
         model.__dict__[SCRIPTING] = refuse_scripting
     if chained:
         hooks = add_forward_hooks(model, before=(_check_form, check_places), after=(check_routes,))
@@ -134,16 +134,26 @@ def _complete(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _complete_by(root: nn.Module, inputs: Any) -> None:
     rewrite = root.__dict__[REWRITE]
-    watching, rewrite.pending = rewrite.pending[1:], rewrite.pending[:1]
     if rewrite.sites and form_of(inputs) in rewrite.forms:
-        rewrite.hooks = (*rewrite.hooks, *watching)
+        rewrite.hooks, rewrite.pending = (*rewrite.hooks, *rewrite.pending[1:]), rewrite.pending[:1]
     else:
-        for hook in watching:
-            hook.remove()
-        take_out(rewrite)  # What an evaluation showed that was called in another way.
-        rewrite.layers = cast("Sequence[CallSite]", rewrite.state.layers)
+        if rewrite.sites:
+            _forget(root, rewrite)
         install(root, rewrite, inputs)
     end_pending(root, rewrite)
+
+
+def _forget(root: nn.Module, rewrite: Rewrite) -> None:
+    """Wait again, for what an evaluation showed that was called in another way than training is."""
+    for hook in rewrite.pending[1:]:
+        hook.remove()
+    take_out(rewrite)
+    rewrite.layers = cast("Sequence[CallSite]", rewrite.state.layers)
+    rewrite.pending = (rewrite.pending[0], *_refuse(root, rewrite))
+
+
+def _refuse(root: nn.Module, rewrite: Rewrite) -> Iterator[RemovableHandle]:
+    return (add_root_hook(root.get_submodule(layer.name), refuse_unlearnt) for layer in rewrite.routed)
 
 
 def _complete_early(root: nn.Module, inputs: Any) -> None:

@@ -42,7 +42,7 @@ class Draws:
     ("options", "wanted"),
     [
         ({}, 1),
-        ({"keep": {"model.layers.2": 0.5}}, 2),
+        pytest.param({"keep": {"model.layers.2": 0.5}}, 2, marks=pytest.mark.slow),
         pytest.param({"sampling": "shared"}, 1, marks=pytest.mark.slow),
         pytest.param({"protect": 2}, 1, marks=pytest.mark.slow),
         pytest.param({"sampling": "per_document"}, 4, marks=pytest.mark.slow),

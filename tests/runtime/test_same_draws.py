@@ -133,6 +133,7 @@ def test_there_must_be_a_forward_before_and_the_scheduler_stays() -> None:
         ltd_fx.same_draws(Encoder(4))
 
 
+@pytest.mark.slow
 def test_kept_tokens_in_the_loss_of_the_same_forward() -> None:
     """Within one compiled step; two graphs over the schedule."""
     model, scheduler = policy(), LTDScheduler(9, S, 4)

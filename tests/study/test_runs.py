@@ -42,9 +42,9 @@ def test_every_run_is_whole(name: str) -> None:
     "options",
     [
         {},
-        {"schedule": Schedule(0.25, 0.5)},
+        pytest.param({"schedule": Schedule(0.25, 0.5)}, marks=pytest.mark.slow),
         {"schedule": Schedule(0.25, 0.5, lr_by="layer tokens")},
-        {"schedule": Schedule(0.5, routes=[(1, -2)])},
+        pytest.param({"schedule": Schedule(0.5, routes=[(1, -2)])}, marks=pytest.mark.slow),
         {"truncation": Truncation(0.25, 0.5, 4), "average": 0.9},
     ],
     ids=["dense", "random-ltd", "layer tokens", "route", "truncation"],
