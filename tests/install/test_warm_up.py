@@ -52,6 +52,19 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
+def evaluate_and_train(step: nn.Module, scheduler: LTDScheduler, x: Tensor) -> None:
+    """To the schedule's end, an evaluation first."""
+    for _ in range(3):
+        step.eval()
+        with torch.no_grad():
+            step(x)
+        step.train()
+        for _ in range(2):
+            step(x).sum().backward()
+            scheduler.step()
+    assert scheduler.reserved_length == S
+
+
 def test_no_step_compiles_later(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = LTDScheduler(2, S, 4)
     model, x = transformed(scheduler)
@@ -62,15 +75,7 @@ def test_no_step_compiles_later(caplog: pytest.LogCaptureFixture) -> None:
     assert list(seconds) == ["some tokens", "all tokens", "evaluation"]
     assert all(f"{name} took" in caplog.text for name in seconds)
     assert counter.frame_count == 3
-    for _ in range(3):
-        step.eval()
-        with torch.no_grad():
-            step(x)
-        step.train()
-        for _ in range(2):
-            step(x).sum().backward()
-            scheduler.step()
-    assert scheduler.reserved_length == S
+    evaluate_and_train(step, scheduler, x)
     assert counter.frame_count == 3
 
 
@@ -80,15 +85,7 @@ def test_an_evaluation_before_the_first_step_is_compiled_once() -> None:
     model, x = transformed(scheduler)
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(model, backend=counter, fullgraph=True)
-    for _ in range(4):
-        step.eval()
-        with torch.no_grad():
-            step(x)
-        step.train()
-        for _ in range(2):
-            step(x).sum().backward()
-            scheduler.step()
-    assert scheduler.reserved_length == S
+    evaluate_and_train(step, scheduler, x)
     assert counter.frame_count == 3
 
 
