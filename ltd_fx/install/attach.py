@@ -161,7 +161,7 @@ def _complete_early(root: nn.Module, inputs: Any) -> None:
     compiled of them before would be compiled again. What it does not show, the first training forward does.
     """
     rewrite = root.__dict__[REWRITE]
-    if is_replica(root) or form_of(inputs) in rewrite.forms:
+    if is_replica(root) or rewrite.sites or form_of(inputs) in rewrite.forms:
         return
     hooks = rewrite.hooks
     try:

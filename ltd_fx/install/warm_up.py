@@ -77,7 +77,7 @@ def warm_up(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) 
 
 
 def _measure(model: nn.Module, args: Any, kwargs: Any, scheduler: LTDScheduler | None, device: torch.device) -> str:
-    """What a step on the schedule's first length takes of one on all tokens, in a sentence; empty if all are equal."""
+    """What a step on the schedule's first length takes of one on its last, in a sentence; empty if these are equal."""
     if scheduler is None or not scheduler.length_at(0) < scheduler.length_at(scheduler.total_steps):
         return ""
     steps = {0: float("inf"), scheduler.total_steps: float("inf")}
@@ -90,7 +90,8 @@ def _measure(model: nn.Module, args: Any, kwargs: Any, scheduler: LTDScheduler |
                 torch.accelerator.synchronize(device)
             steps[step] = min(steps[step], time.perf_counter() - start)
     first, last = steps.values()
-    of = f"{scheduler.length_at(0)} tokens takes {first / last:.0%} of the time of one on {scheduler.max_length}"
+    few, many = (scheduler.length_at(step) for step in steps)
+    of = f"{few} tokens takes {first / last:.0%} of the time of one on {many}"
     note = f"measured by warm_up: forward and backward on {of}"
     if first >= last:
         note += "; routing does not pay here: the layers, or the batch, are too small"

@@ -138,6 +138,16 @@ def test_an_evaluation_by_other_arguments_is_no_example_of_training() -> None:
     assert torch.equal(model.eval()(stream, mask), plain(stream, mask))
 
 
+def test_a_second_evaluation_by_other_arguments_changes_nothing() -> None:
+    model, _ = net()
+    stream, mask = inputs()
+    model.eval()(stream, mask)
+    before = snapshot(model)
+    model(stream)
+    assert snapshot(model) == before
+    assert_routed(model, kept_by(model.train()))
+
+
 def test_an_evaluation_that_shows_nothing_is_waited_after() -> None:
     """A token alone tells no dimension of tokens."""
     model, _ = net()

@@ -108,7 +108,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     for kill in (False, True):
         out = tmp_path / str(kill)
         command = [sys.executable, str(ROOT / "study" / "train.py"), "digits/random-ltd", "--seed", "7"]
-        command += ["--until", "150", "--results", str(out)]
+        command += ["--until", "300", "--results", str(out)]
         if kill:
             process = subprocess.Popen(command)
             while not list(out.rglob("*.pt")):
