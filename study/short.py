@@ -25,8 +25,11 @@ ALLOWED = 1  # outside: of 20 intervals of 95% one misses by chance
 
 
 def main() -> None:
+    published = results()
+    if missing := [run for run, *_ in jobs() if len(published.get(run, {})) < 2]:
+        sys.exit(f"two seeds of these are not published yet: {', '.join(missing)}; see study/results")
     run_all(jobs(), OUT)
-    ours, published = results(OUT), results()
+    ours = results(OUT)
     outside = 0
     print(f"{'run':24} {'step':>5} {'metric':>8} {'dense':>8}  over dense, %; one more published seed, %")
     for task, share, metric, arms in PARTS:

@@ -20,6 +20,8 @@ pytest.importorskip("tqdm")
 from config import RUNS, Config, Schedule, Truncation, load
 from train import Run
 
+from ltd_fx import LTDScheduler
+
 ROOT = RUNS.parents[1]
 NAMES = sorted(str(path.relative_to(RUNS).with_suffix("")) for path in RUNS.rglob("*.toml"))
 SMALL = {"tokens": 32, "num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -73,6 +75,21 @@ def test_layer_tokens_are_the_schedulers() -> None:
     for steps in range(1, 5):
         run.step()
         assert run.layer_tokens == run.scheduler.total_layer_tokens(steps)
+
+
+def test_the_short_dense_run_costs_what_random_ltd_does() -> None:
+    """In layer tokens, to a step."""
+    random_ltd, short = load("text/random-ltd"), load("text/dense-short")
+    schedule, tokens = random_ltd.schedule, random_ltd.settings["tokens"]
+    lengths = LTDScheduler(
+        round(schedule.least * tokens),
+        tokens,
+        round(schedule.until * random_ltd.steps),
+        multiple_of=schedule.multiple_of,
+    )
+    layers = random_ltd.settings["num_hidden_layers"]
+    cost = sum(2 * tokens + (layers - 2) * lengths.length_at(step) for step in range(random_ltd.steps))
+    assert short.steps == round(cost / (layers * tokens))
 
 
 def test_layer_tokens_of_short_sequences() -> None:
